@@ -1,0 +1,157 @@
+"""Bottleneck: put 1×1 convolutions around an expensive k×k convolution.
+
+Before → after, for y = Conv(x, W, b) with W of shape (Cout, Cin, k, k) and rank r::
+
+    input    x → Conv 1×1 (Cin → r) → Conv k×k (r → Cout) + b → y
+    output   x → Conv k×k (Cin → r) → Conv 1×1 (r → Cout) + b → y
+    both     x → Conv 1×1 (Cin → r) → Conv k×k (r → r) → Conv 1×1 (r → Cout) + b → y
+
+Maths: the factors are the truncated SVD of an unfolding of W (one side) or its sequentially
+truncated Tucker-2 (both); see `pwopt.lowrank`. They minimise ‖W − Ŵ‖, need no data, and change
+the numbers: `check` says by how much.
+
+Conditions: Conv of group 1 with k > 1 in any dimension (1-D, 2-D, 3-D), a constant floating-point
+weight, at least `min_channels` input channels, a rank below the channels of the side in question,
+and a split that is cheaper by MACs and by predicted time. The k×k keeps stride, pads, auto_pad
+and dilations. A 1×1 in front of it has no bias, since a bias would leak into the padding; the
+bias goes to the last convolution. A convolution that already stands directly behind or in front of
+a 1×1 is left alone, which also makes a second run change nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt import lowrank, shapes
+from pwopt.analysis import MIN_CHANNELS, Candidate, Choice, candidate
+from pwopt.errors import SpecError
+from pwopt.graph import Names, constant, is_op, replace
+from pwopt.model import Model
+from pwopt.rewriting import Context, Event, Pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck(Pass):
+    """Split wide k×k convolutions with 1×1 convolutions, initialised by SVD.
+
+    Options:
+        rank: channels of the bottleneck
+        sides: where the 1×1 goes: input, output, both, or auto, which takes per layer the sides
+            that lose least energy per MAC saved
+        min_channels: input channels from which a convolution counts as wide
+    """
+
+    name: ClassVar[str] = "bottleneck"
+    exact: ClassVar[bool] = False
+
+    rank: int
+    sides: Choice = "auto"
+    min_channels: int = MIN_CHANNELS
+
+    def __post_init__(self) -> None:
+        for option in ("rank", "min_channels"):
+            value = getattr(self, option)
+            if value < 1:
+                raise SpecError(f"{self.name}: {option} must be at least 1, not {value}")
+
+    def apply(self, model: Model, context: Context) -> Iterator[Event]:
+        convs = [node for node in model.graph.nodes if is_op(node, "Conv")]
+        self._check_rank(model, convs)
+        known = shapes.infer(model, shapes.bind(model, context.shapes))
+        names = Names(model)
+        factors: dict[tuple[int, str], _Weights] = {}
+        for node in convs:
+            where = node.outputs[0].name
+            found = candidate(
+                model,
+                node,
+                known,
+                rank=self.rank,
+                sides=self.sides,
+                min_channels=self.min_channels,
+            )
+            if isinstance(found, str):
+                yield Event("skipped", where, found)
+                continue
+            weight = constant(node.inputs[1])
+            assert weight is not None  # a candidate has a constant weight
+            key = (id(weight), found.sides)
+            if key not in factors:  # shared weights stay shared
+                factors[key] = _Weights(weight, found, where, names)
+            replace(model.graph, node, _split(node, factors[key], names))
+            yield _rewrote(where, found)
+
+    def _check_rank(self, model: Model, convs: list[gs.Node]) -> None:
+        weights = [constant(node.inputs[1]) for node in convs]
+        widest = max((max(w.shape[:2]) for w in weights if w is not None), default=self.rank)
+        if self.rank > widest:
+            raise SpecError(
+                f"{model.name}: rank {self.rank} is larger than the channels of every "
+                f"convolution; the widest has {widest}"
+            )
+
+
+class _Weights:
+    """The factors of one weight as initialisers."""
+
+    def __init__(self, weight: gs.Constant, found: Candidate, where: str, names: Names) -> None:
+        factors = lowrank.split(weight.values, found.sides, found.rank)
+        self.core = gs.Constant(names.new(f"{where}.core.weight"), factors.core)
+        self.reduce = self.expand = None
+        if factors.reduce is not None:
+            self.reduce = gs.Constant(names.new(f"{where}.reduce.weight"), factors.reduce)
+        if factors.expand is not None:
+            self.expand = gs.Constant(names.new(f"{where}.expand.weight"), factors.expand)
+
+
+def _split(node: gs.Node, weights: _Weights, names: Names) -> list[gs.Node]:
+    """Make the convolutions that take the place of `node`; the last one writes its output."""
+    output = node.outputs[0]
+    stem = node.name or output.name
+    bias = _bias(node, names)
+    steps = [("core", weights.core, dict(node.attrs))]
+    if weights.reduce is not None:
+        steps.insert(0, ("reduce", weights.reduce, {}))
+    if weights.expand is not None:
+        steps.append(("expand", weights.expand, {}))
+
+    nodes = []
+    tensor = node.inputs[0]
+    node.outputs.clear()
+    for part, weight, attrs in steps:
+        last = part == steps[-1][0]
+        inner = gs.Variable(names.new(f"{output.name}.{part}"), output.dtype) if not last else output
+        attrs["kernel_shape"] = list(weight.shape[2:])
+        inputs = [tensor, weight, *bias] if last else [tensor, weight]
+        nodes.append(
+            gs.Node("Conv", names.new(f"{stem}.{part}"), attrs, inputs, [inner], node.domain)
+        )
+        tensor = inner
+    return nodes
+
+
+def _bias(node: gs.Node, names: Names) -> list[gs.Tensor]:
+    """Return the bias input, as an initialiser where it is constant, for fast kernels need that."""
+    if len(node.inputs) < 3 or node.inputs[2].is_empty():
+        return []
+    bias = node.inputs[2]
+    value = constant(bias)
+    if value is None or value is bias:
+        return [bias]
+    return [gs.Constant(names.new(f"{node.outputs[0].name}.bias"), value.values)]
+
+
+def _rewrote(where: str, found: Candidate) -> Event:
+    reason = f"split on {found.sides} at rank {found.rank}"
+    data = {
+        "sides": found.sides,
+        "rank": found.rank,
+        "macs": found.macs,
+        "params": found.params,
+        "predicted_speedup": round(found.predicted_speedup, 3),
+        "kept_energy": round(found.kept_energy, 4),
+    }
+    return Event("rewrote", where, reason, data)

@@ -1,0 +1,171 @@
+"""Fold-affine: put per-channel constants behind a convolution or Gemm into its weight and bias.
+
+Before → after, with a scale s and a shift t per output channel::
+
+    x → Conv(W, b) → BatchNormalization | Mul | Add → y      ⇒      x → Conv(W', b') → y
+    x → Gemm(W, b) → BatchNormalization | Mul | Add → y      ⇒      x → Gemm(W', b') → y
+
+Maths: s·(W*x + b) + t = (s·W)*x + (s·b + t). For BatchNormalization s = scale/√(var + ε) and
+t = bias − s·mean; for Mul t = 0, for Add s = 1. Computed in float64, rounded once to the weight's
+type.
+
+Conditions: the Conv or Gemm has constant weight and bias, and nobody else sees its output; the
+other operand is constant and varies along the channels only; BatchNormalization is in inference
+mode. A weight that others read too is copied first.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from pwopt.graph import Names, constant, is_op, only_reader, producer, replace, set_input
+from pwopt.model import Model
+from pwopt.rewriting import Context, Event, Pass
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldAffine(Pass):
+    """Fold BatchNormalization, Mul and Add behind Conv and Gemm into weight and bias."""
+
+    name: ClassVar[str] = "fold-affine"
+    exact: ClassVar[bool] = True
+
+    def apply(self, model: Model, context: Context) -> Iterator[Event]:
+        names = Names(model)
+        for node in list(model.graph.nodes):
+            if not is_op(node, "BatchNormalization", "Mul", "Add"):
+                continue
+            layer, tensor = _layer_before(node)
+            if layer is None and not is_op(node, "BatchNormalization"):
+                continue  # arithmetic elsewhere is no site
+            where = node.outputs[0].name
+            reason = _fold(model.graph, layer, node, tensor, names)
+            if reason:
+                yield Event("skipped", where, reason)
+            else:
+                yield Event("rewrote", where, f"{node.op} folded", {"op": node.op})
+
+
+class _Affine(NamedTuple):
+    """y = scale·x + shift, both of shape (channels,), float64."""
+
+    scale: Array
+    shift: Array
+
+
+def _layer_before(node: gs.Node) -> tuple[gs.Node | None, gs.Tensor]:
+    """Find the Conv or Gemm whose output `node` reads, and that output."""
+    operands = node.inputs[:1] if node.op == "BatchNormalization" else node.inputs[:2]
+    for tensor in operands:
+        layer = producer(tensor)
+        if layer is not None and is_op(layer, "Conv", "Gemm"):
+            return layer, tensor
+    return None, node.inputs[0]
+
+
+def _fold(
+    graph: gs.Graph, layer: gs.Node | None, node: gs.Node, tensor: gs.Tensor, names: Names
+) -> str | None:
+    """Fold `node` into `layer`; return the reason if that is not possible."""
+    if layer is None:
+        before = producer(tensor)
+        return f"reads {before.op if before else 'an input'}, not a Conv or Gemm"
+    if only_reader(graph, tensor) is not node:
+        return f"the {layer.op}'s output is read elsewhere too"
+    if graph.opset < 7 and (layer.op, node.op) != ("Conv", "BatchNormalization"):
+        return "before opset 7, operands are broadcast by other rules"
+    weight = constant(layer.inputs[1])
+    if weight is None:
+        return f"the {layer.op}'s weight is not a constant"
+    if weight.dtype.kind != "f":
+        return f"the {layer.op}'s weight is {weight.dtype.name}"
+    axis = 0 if layer.op == "Conv" or layer.attrs.get("transB", 0) else 1
+    channels = weight.shape[axis]
+    bias = _bias(layer, channels)
+    if isinstance(bias, str):
+        return bias
+    rank = len(weight.shape) if layer.op == "Conv" else 2
+    affine = _affine(node, tensor, channels, rank)
+    if isinstance(affine, str):
+        return affine
+
+    along = [channels if i == axis else 1 for i in range(len(weight.shape))]
+    new_weight = (weight.values * affine.scale.reshape(along)).astype(weight.dtype)
+    new_bias = (bias * affine.scale + affine.shift).astype(weight.dtype)
+    if not (np.isfinite(new_weight).all() and np.isfinite(new_bias).all()):
+        return f"the folded weight would not be finite in {weight.dtype.name}"
+    layer.attrs.pop("beta", None)
+    _set_constant(graph, layer, 1, new_weight, names, "weight")
+    _set_constant(graph, layer, 2, new_bias, names, "bias")
+
+    output = node.outputs[0]
+    node.outputs.clear()
+    layer.outputs.clear()
+    layer.outputs.append(output)
+    replace(graph, node, [])
+    return None
+
+
+def _bias(layer: gs.Node, channels: int) -> Array | str:
+    """Return what the layer adds per channel, shape (channels,), or why that is not known."""
+    if len(layer.inputs) < 3 or layer.inputs[2].is_empty():
+        return np.zeros(channels)
+    bias = constant(layer.inputs[2])
+    if bias is None:
+        return f"the {layer.op}'s bias is not a constant"
+    if bias.shape and int(np.prod(bias.shape[:-1])) != 1:
+        return f"the {layer.op}'s bias differs from row to row"
+    scaled = layer.attrs.get("beta", 1.0) * bias.values.astype(np.float64)
+    return np.broadcast_to(scaled.reshape(-1), channels)
+
+
+def _affine(node: gs.Node, tensor: gs.Tensor, channels: int, rank: int) -> _Affine | str:
+    """Read scale and shift of `node`, whose input `tensor` has `rank` axes, channels second."""
+    if node.op == "BatchNormalization":
+        return _batch_norm(node)
+    other = node.inputs[1] if node.inputs[0] is tensor else node.inputs[0]
+    operand = constant(other)
+    if operand is None:
+        return f"the other operand of {node.op} is not a constant"
+    # Shapes align from the right (ONNX Broadcasting): axis 1 is the only one that may vary.
+    full = [1] * (rank - len(operand.shape)) + list(operand.shape)
+    if len(full) != rank or full[1] not in (1, channels) or np.prod(full) != full[1]:
+        return f"the operand of {node.op} varies along more than the channels"
+    values = np.broadcast_to(operand.values.astype(np.float64).reshape(-1), channels)
+    if node.op == "Mul":
+        return _Affine(values, np.zeros(channels))
+    return _Affine(np.ones(channels), values)
+
+
+def _batch_norm(node: gs.Node) -> _Affine | str:
+    """Read a BatchNormalization (ONNX operators, versions 1 to 15) in inference mode."""
+    if node.attrs.get("training_mode", 0) or not node.attrs.get("is_test", 1):
+        return "BatchNormalization is in training mode"
+    if not node.attrs.get("spatial", 1):
+        return "BatchNormalization normalises every position on its own"
+    if len(node.outputs) > 1:
+        return "BatchNormalization gives out its statistics"
+    constants = [constant(tensor) for tensor in node.inputs[1:5]]
+    if any(value is None for value in constants):
+        return "BatchNormalization's parameters are not constant"
+    gamma, beta, mean, variance = (c.values.astype(np.float64) for c in constants if c is not None)
+    scale = gamma / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
+    return _Affine(scale, beta - scale * mean)
+
+
+def _set_constant(
+    graph: gs.Graph, layer: gs.Node, index: int, values: Array, names: Names, part: str
+) -> None:
+    """Give `layer` an initialiser with `values`: its own one, or a new one if others read that."""
+    old = layer.inputs[index] if index < len(layer.inputs) else None
+    if isinstance(old, gs.Constant) and only_reader(graph, old) is layer:
+        old.values = values
+        return
+    name = names.new(f"{layer.outputs[0].name}.{part}")
+    set_input(graph, layer, index, gs.Constant(name, values))

@@ -1,0 +1,1 @@
+"""pwopt: makes trained ONNX convolutional networks cheaper with 1×1 convolutions."""

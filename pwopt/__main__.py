@@ -1,0 +1,5 @@
+"""``python -m pwopt``."""
+
+from pwopt.cli import main
+
+main()

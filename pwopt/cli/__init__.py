@@ -1,0 +1,39 @@
+"""The command line: parse, call the library, print. One file per command, imported when called."""
+
+import importlib
+import sys
+from importlib.metadata import version
+
+import click
+
+from pwopt.errors import PwoptError
+
+COMMANDS = ("analyze", "rewrite", "check", "passes", "demo")
+
+
+class _LazyGroup(click.Group):
+    """Imports a command only when it is used, so that ``--help`` does not wait for onnxruntime."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"pwopt.cli.{name}")
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except PwoptError as error:
+            click.echo(f"pwopt: {error}", err=True)
+            sys.exit(error.exit_code)
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("pwopt"), prog_name="pwopt")
+def main() -> None:
+    """Make trained ONNX convolutional networks cheaper with 1×1 convolutions."""

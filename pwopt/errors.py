@@ -1,0 +1,27 @@
+"""What a user sees when something is wrong: one line, never a traceback."""
+
+
+class PwoptError(Exception):
+    """The work failed (exit code 1). The message names the file, the layer and what to do."""
+
+    exit_code = 1
+
+
+class ModelError(PwoptError):
+    """A model that cannot be read, carried or written."""
+
+
+class DataError(PwoptError):
+    """Samples, labels or preprocessing that do not fit the model."""
+
+
+class SpecError(PwoptError):
+    """An unknown pass, option or value: wrong usage (exit code 2)."""
+
+    exit_code = 2
+
+
+class BoundError(PwoptError):
+    """A bound that was asked for is not met (exit code 3)."""
+
+    exit_code = 3

@@ -1,0 +1,377 @@
+"""Model: an ONNX file that can be edited and written back with everything it held."""
+
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import onnx
+import onnx.checker
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError, EncodeError, Message
+from onnx import (
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    external_data_helper,
+    helper,
+)
+
+from pwopt.errors import ModelError
+from pwopt.files import atomic_write
+from pwopt.roundtrip import RoundTrip
+
+PROTOBUF_LIMIT = 2**31 - 1
+"""Bytes that one protobuf message may take; larger models keep their weights outside."""
+
+_SMALL = 1024
+"""Bytes up to which a tensor is worth keeping where only shapes matter (axes, target shapes)."""
+
+_ALIGNMENT = 4096
+"""Offsets of external tensors are multiples of this, so that runtimes can map them (ONNX IR)."""
+
+
+class Model:
+    """A model, as loaded (`proto`) and as a graph to edit (`graph`).
+
+    Weights are decoded only where somebody reads them. Whatever is not edited is written back as
+    the very message it came from.
+    """
+
+    def __init__(self, proto: ModelProto, *, path: Path | None = None) -> None:
+        self.proto = proto
+        self.path = path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Model":
+        """Read and check a model file; external weights stay where they are until asked for.
+
+        Raises:
+            ModelError: no such file, not an ONNX model, an invalid graph, or external data that
+                is missing, too short or outside the model's folder.
+        """
+        path = Path(path)
+        proto = _parse(path)
+        _check(proto, path.name)
+        for tensor in _external_tensors(proto):
+            _check_external(tensor, path)
+        return cls(proto, path=path)
+
+    @property
+    def name(self) -> str:
+        """What messages call the model."""
+        return self.path.name if self.path else self.proto.graph.name or "model"
+
+    @property
+    def folder(self) -> str:
+        """Where external weights lie."""
+        return str(self.path.parent) if self.path else ""
+
+    @functools.cached_property
+    def _round_trip(self) -> RoundTrip:
+        return RoundTrip(self.proto, folder=self.folder)
+
+    @property
+    def graph(self) -> gs.Graph:
+        """The graph to edit. `gs.Constant.values` decodes on demand; `.shape`, `.dtype` do not."""
+        return self._round_trip.graph
+
+    def to_proto(self) -> ModelProto:
+        """Write the model as it is now; external weights still refer to their files.
+
+        Equal to `proto`, field by field, if nothing was edited. Entries of value_info that an
+        edit made untrue are left out.
+        """
+        proto = ModelProto()
+        _copy_fields(self.proto, proto, without={"graph"})
+        proto.graph.CopyFrom(self._round_trip.write())
+        if proto.graph.node != self.proto.graph.node:
+            _drop_untrue_value_info(proto)
+        return proto
+
+    def skeleton(self) -> ModelProto:
+        """The model as it is now without its large weights, which become inputs.
+
+        Enough to check it and to infer shapes; costs no copy of the weights.
+        """
+        edited = "_round_trip" in self.__dict__
+        return skeleton(self.to_proto() if edited else self.proto)
+
+    def annotate(self, key: str, value: str) -> None:
+        """Set an entry of the model's metadata (`metadata_props`)."""
+        for entry in self.proto.metadata_props:
+            if entry.key == key:
+                entry.value = value
+                return
+        self.proto.metadata_props.add(key=key, value=value)
+
+    def copy(self) -> "Model":
+        """Return an independent model with the edits made so far."""
+        return Model(self.to_proto(), path=self.path)
+
+    def check(self, when: str = "") -> None:
+        """Check that the graph, as it is now, is a valid model.
+
+        Raises:
+            ModelError: it is not; the message says what is wrong where, and `when`.
+        """
+        _check(self.skeleton(), f"{self.name} {when}".strip())
+
+    def save(self, path: str | Path) -> None:
+        """Write the model, whole or not at all; weights go outside if they were or must be.
+
+        External weights go to `NAME.HASH.data` beside the model: named by content, so that the
+        model that was there before keeps its own weights until the very rename.
+
+        Raises:
+            ModelError: the edited graph is not valid, or too large for one file.
+            PwoptError: the file cannot be written.
+        """
+        path = Path(path)
+        proto = self.to_proto()
+        _check(proto, self.name)
+        if self._has_external_data or proto.ByteSize() > PROTOBUF_LIMIT:
+            _write_external(proto, self.folder, path)
+        try:
+            data = proto.SerializeToString()
+        except (EncodeError, ValueError) as error:
+            raise ModelError(f"{path}: larger than 2 GB even without its weights") from error
+        with atomic_write(path) as file:
+            file.write(data)
+        _remove_stale_data(path, keep={_location(t) for t in _external_tensors(proto)})
+
+    def to_memory(self) -> ModelProto:
+        """Like `to_proto`, with external weights read into the message.
+
+        Raises:
+            ModelError: the whole is larger than one protobuf message may be.
+        """
+        proto = self.to_proto()
+        external_data_helper.load_external_data_for_model(proto, self.folder)
+        if proto.ByteSize() > PROTOBUF_LIMIT:
+            raise ModelError(f"{self.name}: larger than 2 GB; save it and use the file")
+        return proto
+
+    @property
+    def _has_external_data(self) -> bool:
+        return bool(_external_tensors(self.proto))
+
+
+def skeleton(proto: ModelProto) -> ModelProto:
+    """Copy a model without its large weights, which become inputs: enough to check and infer.
+
+    Small tensors stay, since shapes may be computed from them. Costs no copy of the weights.
+    """
+    result = ModelProto()
+    _copy_fields(proto, result, without={"graph"})
+    graph = result.graph
+    _copy_fields(proto.graph, graph, without={"node", "initializer"})
+    listed = {info.name for info in graph.input}
+    for tensor in proto.graph.initializer:
+        if not _is_large(tensor):
+            graph.initializer.append(tensor)
+        elif tensor.name not in listed:
+            graph.input.append(_describe(tensor, tensor.name))
+    for node in proto.graph.node:
+        value = node.attribute[0].t if _is_plain_constant(node) else None
+        if value is not None and _is_large(value):
+            graph.input.append(_describe(value, node.output[0]))
+        else:
+            graph.node.append(node)
+    return result
+
+
+def _is_plain_constant(node: NodeProto) -> bool:
+    return (
+        node.op_type == "Constant"
+        and node.domain in ("", "ai.onnx")
+        and len(node.attribute) == 1
+        and node.attribute[0].type == onnx.AttributeProto.TENSOR
+    )
+
+
+def _is_large(tensor: TensorProto) -> bool:
+    if tensor.data_location == TensorProto.EXTERNAL:
+        return True
+    size = 1
+    for dim in tensor.dims:
+        size *= dim
+    return size * 4 > _SMALL
+
+
+def _describe(tensor: TensorProto, name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
+
+
+def _copy_fields(source: Message, target: Message, *, without: set[str]) -> None:
+    for descriptor, value in source.ListFields():
+        if descriptor.name in without:
+            continue
+        if isinstance(value, (str, int)):
+            setattr(target, descriptor.name, value)
+        else:
+            getattr(target, descriptor.name).MergeFrom(value)
+
+
+def _drop_untrue_value_info(proto: ModelProto) -> None:
+    """Drop the entries that shape inference, told nothing about inner tensors, contradicts."""
+    if not proto.graph.value_info:
+        return
+    bare = skeleton(proto)
+    del bare.graph.value_info[:]
+    inferred = onnx.shape_inference.infer_shapes(bare)
+    types = {info.name: info.type.tensor_type for info in inferred.graph.value_info}
+    true = [
+        info
+        for info in proto.graph.value_info
+        if info.name not in types or _agree(info.type.tensor_type, types[info.name])
+    ]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(true)
+
+
+def _agree(one: onnx.TypeProto.Tensor, other: onnx.TypeProto.Tensor) -> bool:
+    if one.elem_type != other.elem_type:
+        return False
+    if not (one.HasField("shape") and other.HasField("shape")):
+        return True
+    if len(one.shape.dim) != len(other.shape.dim):
+        return False
+    return all(
+        not (a.HasField("dim_value") and b.HasField("dim_value")) or a.dim_value == b.dim_value
+        for a, b in zip(one.shape.dim, other.shape.dim, strict=True)
+    )
+
+
+# -- reading and checking ---------------------------------------------------------------------
+
+
+def _parse(path: Path) -> ModelProto:
+    if path.is_dir():
+        raise ModelError(f"{path}: is a folder; give the .onnx file inside it")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file; check the path") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+    if not data:
+        raise ModelError(f"{path}: is empty; export or download the model again")
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError:
+        raise ModelError(
+            f"{path}: is not an ONNX model, or was cut off; export or download it again"
+        ) from None
+    if not proto.HasField("graph") or not proto.opset_import:
+        raise ModelError(f"{path}: is not an ONNX model (no graph, or no opset in it)")
+    return proto
+
+
+def _check(proto: ModelProto, name: str) -> None:
+    newest = onnx.defs.onnx_opset_version()
+    for opset in proto.opset_import:
+        if opset.domain in ("", "ai.onnx") and opset.version > newest:
+            raise ModelError(
+                f"{name}: uses opset {opset.version}, but the installed onnx knows up to {newest}; "
+                "upgrade onnx, or export the model at an older opset"
+            )
+    try:
+        onnx.checker.check_model(skeleton(proto))
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise ModelError(f"{name}: is not a valid ONNX model: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    """Join the telling lines of a checker message: what is wrong, then where."""
+    text = re.sub(r"\s*\n\s*", " ", str(error)).strip()
+    return re.sub(r"==> Context:", "in", text)
+
+
+def _external_tensors(proto: ModelProto) -> list[TensorProto]:
+    tensors = [*_tensors(proto.graph)]
+    for function in proto.functions:
+        tensors += _node_tensors(function.node)
+    return [tensor for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL]
+
+
+def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        for subgraph in (attribute.g, *attribute.graphs):
+            yield from _tensors(subgraph)
+
+
+def _location(tensor: TensorProto) -> str:
+    return next((e.value for e in tensor.external_data if e.key == "location"), "")
+
+
+def _check_external(tensor: TensorProto, model: Path) -> None:
+    location = _location(tensor)
+    folder = model.parent.resolve()
+    file = (folder / location).resolve()
+    if not location or not file.is_relative_to(folder):
+        raise ModelError(
+            f"{model}: weight '{tensor.name}' points outside the model's folder ('{location}'), "
+            "which is not followed; put its data beside the model"
+        )
+    if not file.is_file():
+        raise ModelError(
+            f"{model}: the file '{location}' with weight '{tensor.name}' is missing; "
+            "put it beside the model"
+        )
+    entries = {e.key: int(e.value) for e in tensor.external_data if e.key in ("offset", "length")}
+    if entries.get("offset", 0) + entries.get("length", 0) > file.stat().st_size:
+        raise ModelError(
+            f"{model}: the file '{location}' is too short for weight '{tensor.name}'; "
+            "copy it again"
+        )
+
+
+# -- external data ----------------------------------------------------------------------------
+
+
+def _write_external(proto: ModelProto, folder: str, path: Path) -> None:
+    """Move the large weights of `proto` to a data file beside `path`, one at a time."""
+    inside = [t for t in proto.graph.initializer if t.data_location != TensorProto.EXTERNAL]
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.data")
+    digest = hashlib.sha256()
+    moved = []
+    with atomic_write(scratch) as file:
+        for tensor in (*_external_tensors(proto), *inside):
+            loaded = TensorProto()
+            loaded.CopyFrom(tensor)
+            if tensor.data_location == TensorProto.EXTERNAL:
+                external_data_helper.load_external_data_for_tensor(loaded, folder)
+            if len(loaded.raw_data) <= _SMALL:
+                tensor.CopyFrom(loaded)
+                continue
+            file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+            moved.append((tensor, file.tell(), len(loaded.raw_data)))
+            file.write(loaded.raw_data)
+            digest.update(loaded.raw_data)
+    data = path.with_name(f"{path.name}.{digest.hexdigest()[:12]}.data")
+    scratch.replace(data)
+    for tensor, offset, length in moved:
+        tensor.raw_data = b""
+        external_data_helper.set_external_data(tensor, data.name, offset, length)
+        tensor.ClearField("raw_data")
+
+
+def _remove_stale_data(path: Path, *, keep: set[str]) -> None:
+    """Remove the data files that earlier saves to `path` left, now that nothing refers to them."""
+    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{12}\.data")
+    for file in path.parent.iterdir():
+        if pattern.fullmatch(file.name) and file.name not in keep:
+            file.unlink()

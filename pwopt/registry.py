@@ -1,0 +1,62 @@
+"""Which passes there are: the built-in ones and those of installed packages.
+
+A package adds passes through the entry point group ``pwopt.passes``::
+
+    [project.entry-points."pwopt.passes"]
+    my-pass = "my_package.my_pass:MyPass"
+"""
+
+from importlib.metadata import EntryPoint, entry_points
+
+from pwopt.errors import PwoptError
+from pwopt.passes.bottleneck import Bottleneck
+from pwopt.passes.fold_affine import FoldAffine
+from pwopt.rewriting import Pass, Pipeline
+from pwopt.spec import parse_pipeline
+
+GROUP = "pwopt.passes"
+
+_BUILT_IN: tuple[type[Pass], ...] = (FoldAffine, Bottleneck)
+
+
+def passes() -> dict[str, type[Pass]]:
+    """Return name → pass, built-in ones first.
+
+    Raises:
+        PwoptError: an installed package's pass cannot be loaded, is no Pass, or takes a name
+            that is taken.
+    """
+    known = {kind.name: kind for kind in _BUILT_IN}
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        kind = _load(entry)
+        if kind.name in known:
+            raise PwoptError(f"{_origin(entry)}: there is already a pass '{kind.name}'; rename it")
+        known[kind.name] = kind
+    return known
+
+
+def pipeline(spec: str) -> Pipeline:
+    """Build a pipeline from text, as in ``fold-affine,bottleneck{rank=64}``.
+
+    Raises:
+        SpecError: unknown pass or option, bad value, bad syntax.
+    """
+    return parse_pipeline(spec, passes())
+
+
+def _load(entry: EntryPoint) -> type[Pass]:
+    try:
+        kind = entry.load()
+    except Exception as error:
+        raise PwoptError(
+            f"{_origin(entry)}: cannot be loaded ({type(error).__name__}: {error}); "
+            "upgrade or uninstall that package"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Pass)):
+        raise PwoptError(f"{_origin(entry)}: is not a Pass; uninstall or mend that package")
+    return kind
+
+
+def _origin(entry: EntryPoint) -> str:
+    package = entry.dist.name if entry.dist else "an installed package"
+    return f"pass '{entry.name}' of {package}"

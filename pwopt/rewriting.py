@@ -1,0 +1,181 @@
+"""Passes, what they report, and the pipeline that runs them."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pwopt.errors import PwoptError
+from pwopt.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What happened, or was declined, at one place.
+
+    `where` is the first output of the node in question, since node names may be empty or
+    repeated.
+    """
+
+    kind: Literal["rewrote", "skipped"]
+    where: str
+    reason: str
+    data: Mapping[str, int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """All events of one pass."""
+
+    name: str
+    events: tuple[Event, ...]
+
+    @property
+    def rewrote(self) -> int:
+        """How many sites were rewritten."""
+        return sum(event.kind == "rewrote" for event in self.events)
+
+    @property
+    def skipped(self) -> int:
+        """How many sites were left alone."""
+        return len(self.events) - self.rewrote
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a pass may ask for beyond the model itself.
+
+    `shapes` fixes input axes that the model leaves open, as in ``{"images": (1, 3, 224, 224)}``.
+    """
+
+    shapes: Mapping[str, Sequence[int]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """One rewrite. Its fields are its options, its docstring is its help.
+
+    A pass edits `model.graph` and yields one Event per site, declined ones too. Where it does not
+    apply it says so in an event; an exception means a fault. It neither logs, times nor checks:
+    observers do. Running it twice changes nothing the second time.
+    """
+
+    name: ClassVar[str]
+    """Kebab-case, as in pipelines and on the command line."""
+
+    exact: ClassVar[bool]
+    """False: changes the numbers on purpose."""
+
+    @abstractmethod
+    def apply(self, model: Model, context: Context) -> Iterator[Event]:
+        """Rewrite `model` in place, reporting site by site."""
+
+    def __str__(self) -> str:
+        """Write the pass as a pipeline does: its name, and the options that are not default."""
+        options = [
+            f"{option.name}={_text(getattr(self, option.name))}"
+            for option in fields(self)
+            if getattr(self, option.name) != option.default
+        ]
+        return f"{self.name}{{{','.join(options)}}}" if options else self.name
+
+
+class Observer:
+    """Watches a pipeline; override what you need."""
+
+    def before(self, step: Pass, model: Model) -> None:
+        """Called before each pass."""
+
+    def after(self, step: Pass, model: Model, report: PassReport) -> None:
+        """Called after each pass."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order. `str()` gives the text that `pwopt.spec` parses."""
+
+    passes: tuple[Pass, ...]
+
+    def run(
+        self, model: Model, context: Context | None = None, observers: Sequence[Observer] = ()
+    ) -> tuple[PassReport, ...]:
+        """Run the passes on `model`, in place, and note them in its metadata.
+
+        Raises:
+            PwoptError: a pass failed; the message names it and those before it, and `model` is
+                in no state to be used.
+        """
+        reports: list[PassReport] = []
+        for step in self.passes:
+            for observer in observers:
+                observer.before(step, model)
+            report = PassReport(step.name, _apply(step, model, context or Context(), reports))
+            reports.append(report)
+            for observer in observers:
+                observer.after(step, model, report)
+        if any(report.rewrote for report in reports):
+            model.annotate("pwopt.version", version("pwopt"))
+            model.annotate("pwopt.pipeline", str(self))
+        return tuple(reports)
+
+    def __str__(self) -> str:
+        return ",".join(str(step) for step in self.passes)
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _apply(
+    step: Pass, model: Model, context: Context, earlier: Sequence[PassReport]
+) -> tuple[Event, ...]:
+    try:
+        return tuple(step.apply(model, context))
+    except PwoptError:
+        raise
+    except Exception as error:
+        after = f" after {', '.join(r.name for r in earlier)}" if earlier else ""
+        raise PwoptError(
+            f"{model.name}: pass '{step.name}' failed{after}: {type(error).__name__}: {error}; "
+            "this is a fault of the pass, please report it"
+        ) from error
+
+
+class Timing(Observer):
+    """Keeps the seconds that each pass took, in order, in `seconds`."""
+
+    def __init__(self) -> None:
+        self.seconds: list[tuple[str, float]] = []
+        self._start = 0.0
+
+    def before(self, step: Pass, model: Model) -> None:
+        self._start = time.perf_counter()
+
+    def after(self, step: Pass, model: Model, report: PassReport) -> None:
+        self.seconds.append((step.name, time.perf_counter() - self._start))
+
+
+class Dump(Observer):
+    """Saves the model after each pass as ``NN-pass.onnx`` in a folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._count = 0
+
+    def after(self, step: Pass, model: Model, report: PassReport) -> None:
+        self._count += 1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        model.save(self.folder / f"{self._count:02}-{step.name}.onnx")
+
+
+class Verify(Observer):
+    """Checks after each pass that the graph is a valid model, so that a fault names its pass."""
+
+    def after(self, step: Pass, model: Model, report: PassReport) -> None:
+        if report.rewrote:
+            model.check(f"after pass '{step.name}'")

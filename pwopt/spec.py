@@ -1,0 +1,96 @@
+"""Pipelines as text: ``fold-affine,bottleneck{rank=64,sides=input}`` → Pipeline.
+
+Passes are separated by commas; a pass's options stand in braces, as ``name=value`` separated by
+commas. The names and types are those of the pass's dataclass fields. `str(pipeline)` is the way
+back.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pwopt.errors import SpecError
+from pwopt.rewriting import Pass, Pipeline
+
+_STEP = re.compile(r"\s*([\w-]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
+
+
+def parse_pipeline(text: str, passes: Mapping[str, type[Pass]]) -> Pipeline:
+    """Build the pipeline that `text` describes from the passes that are known by name.
+
+    Raises:
+        SpecError: bad syntax, an unknown pass or option, or a value the option cannot take.
+    """
+    steps = []
+    position = 0
+    while position < len(text) or not steps:
+        match = _STEP.match(text, position)
+        if match is None:
+            raise SpecError(
+                f"pipeline '{text}': cannot read '{text[position:]}'; "
+                "write passes as in fold-affine,bottleneck{rank=64}"
+            )
+        name, options = match.groups()
+        if name not in passes:
+            raise SpecError(f"unknown pass '{name}'; there are {', '.join(sorted(passes))}")
+        steps.append(build_pass(passes[name], _split_options(name, options or "")))
+        position = match.end()
+    return Pipeline(tuple(steps))
+
+
+def build_pass(kind: type[Pass], options: Mapping[str, str]) -> Pass:
+    """Make a pass from options given as text.
+
+    Raises:
+        SpecError: an unknown or missing option, or a value it cannot take.
+    """
+    types = option_types(kind)
+    for name in options:
+        if name not in types:
+            known = ", ".join(types) or "none"
+            raise SpecError(f"{kind.name}: unknown option '{name}'; it has {known}")
+    for option in fields(kind):
+        required = option.default is MISSING and option.default_factory is MISSING
+        if required and option.name not in options:
+            raise SpecError(f"{kind.name}: option '{option.name}' is missing")
+    values = {name: _value(kind, name, text, types[name]) for name, text in options.items()}
+    return kind(**values)
+
+
+def option_types(kind: type[Pass]) -> dict[str, Any]:
+    """Return option name → type of a pass, in the order of its fields."""
+    hints = get_type_hints(kind)
+    return {option.name: hints[option.name] for option in fields(kind)}
+
+
+def _split_options(name: str, text: str) -> dict[str, str]:
+    options = {}
+    for item in (item.strip() for item in text.split(",") if item.strip()):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise SpecError(f"{name}: option '{item}' has no value; write {item}=…")
+        options[key.strip()] = value.strip()
+    return options
+
+
+def _value(kind: type[Pass], name: str, text: str, wanted: Any) -> Any:
+    if get_origin(wanted) is Literal:
+        choices = [str(choice) for choice in get_args(wanted)]
+        if text in choices:
+            return get_args(wanted)[choices.index(text)]
+        raise SpecError(f"{kind.name}: {name} must be one of {', '.join(choices)}, not '{text}'")
+    if isinstance(wanted, UnionType):  # X | None
+        if text.lower() == "none":
+            return None
+        wanted = next(choice for choice in get_args(wanted) if choice is not type(None))
+    if wanted is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise SpecError(f"{kind.name}: {name} must be true or false, not '{text}'")
+    try:
+        return wanted(text)
+    except ValueError:
+        article = {int: "a whole number", float: "a number"}.get(wanted, wanted.__name__)
+        raise SpecError(f"{kind.name}: {name} must be {article}, not '{text}'") from None
