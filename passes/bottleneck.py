@@ -22,11 +22,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import lowrank, shapes
-from pwopt.analysis import MIN_CHANNELS, Candidate, Choice, candidate
+from pwopt.analysis import MIN_CHANNELS, Candidate, Choice, candidate, check_rank
 from pwopt.errors import SpecError
 from pwopt.graph import Names, constant, is_op, replace
 from pwopt.model import Model
@@ -58,12 +57,17 @@ class Bottleneck(Pass):
                 raise SpecError(f"{self.name}: {option} must be at least 1, not {value}")
 
     def apply(self, model: Model, context: Context) -> Iterator[Event]:
-        convs = [node for node in model.graph.nodes if is_op(node, "Conv")]
-        self._check_rank(model, convs)
+        """Split every convolution for which `candidate` proposes it.
+
+        Raises:
+            SpecError: the rank is larger than the channels of every convolution.
+            ModelError: a weight holds NaN or infinite values.
+        """
+        check_rank(model, self.rank)
         known = shapes.infer(model, shapes.bind(model, context.shapes))
         names = Names(model)
-        factors: dict[tuple[int, str], _Weights] = {}
-        for node in convs:
+        factors: dict[tuple[int, str], dict[str, gs.Constant]] = {}
+        for node in [node for node in model.graph.nodes if is_op(node, "Conv")]:
             where = node.outputs[0].name
             found = candidate(
                 model,
@@ -80,56 +84,39 @@ class Bottleneck(Pass):
             assert weight is not None  # a candidate has a constant weight
             key = (id(weight), found.sides)
             if key not in factors:  # shared weights stay shared
-                factors[key] = _Weights(weight, found, where, names)
+                factors[key] = _weights(weight, found, where, names)
             replace(model.graph, node, _split(node, factors[key], names))
             yield _rewrote(where, found)
 
-    def _check_rank(self, model: Model, convs: list[gs.Node]) -> None:
-        weights = [constant(node.inputs[1]) for node in convs]
-        widest = max((max(w.shape[:2]) for w in weights if w is not None), default=self.rank)
-        if self.rank > widest:
-            raise SpecError(
-                f"{model.name}: rank {self.rank} is larger than the channels of every "
-                f"convolution; the widest has {widest}"
-            )
+
+def _weights(
+    weight: gs.Constant, found: Candidate, where: str, names: Names
+) -> dict[str, gs.Constant]:
+    """Split a weight; return part → initialiser, in the order in which the parts run."""
+    factors = lowrank.Splitter(weight.values).split(found.sides, found.rank)
+    parts = {"reduce": factors.reduce, "core": factors.core, "expand": factors.expand}
+    return {
+        part: gs.Constant(names.tensor(f"{where}.{part}.weight"), values)
+        for part, values in parts.items()
+        if values is not None
+    }
 
 
-class _Weights:
-    """The factors of one weight as initialisers."""
-
-    def __init__(self, weight: gs.Constant, found: Candidate, where: str, names: Names) -> None:
-        factors = lowrank.split(weight.values, found.sides, found.rank)
-        self.core = gs.Constant(names.new(f"{where}.core.weight"), factors.core)
-        self.reduce = self.expand = None
-        if factors.reduce is not None:
-            self.reduce = gs.Constant(names.new(f"{where}.reduce.weight"), factors.reduce)
-        if factors.expand is not None:
-            self.expand = gs.Constant(names.new(f"{where}.expand.weight"), factors.expand)
-
-
-def _split(node: gs.Node, weights: _Weights, names: Names) -> list[gs.Node]:
+def _split(node: gs.Node, weights: dict[str, gs.Constant], names: Names) -> list[gs.Node]:
     """Make the convolutions that take the place of `node`; the last one writes its output."""
     output = node.outputs[0]
-    stem = node.name or output.name
-    bias = _bias(node, names)
-    steps = [("core", weights.core, dict(node.attrs))]
-    if weights.reduce is not None:
-        steps.insert(0, ("reduce", weights.reduce, {}))
-    if weights.expand is not None:
-        steps.append(("expand", weights.expand, {}))
-
-    nodes = []
-    tensor = node.inputs[0]
+    tensor, bias = node.inputs[0], _bias(node, names)
     node.outputs.clear()
-    for part, weight, attrs in steps:
-        last = part == steps[-1][0]
-        inner = gs.Variable(names.new(f"{output.name}.{part}"), output.dtype) if not last else output
+    nodes = []
+    for part, weight in weights.items():
+        last = weight is list(weights.values())[-1]
+        attrs = dict(node.attrs) if part == "core" else {}
         attrs["kernel_shape"] = list(weight.shape[2:])
         inputs = [tensor, weight, *bias] if last else [tensor, weight]
-        nodes.append(
-            gs.Node("Conv", names.new(f"{stem}.{part}"), attrs, inputs, [inner], node.domain)
-        )
-        tensor = inner
+        inner = f"{output.name}.{part}"
+        tensor = output if last else gs.Variable(names.tensor(inner), output.dtype)
+        name = names.node(f"{node.name or output.name}.{part}")
+        nodes.append(gs.Node("Conv", name, attrs, inputs, [tensor], node.domain))
     return nodes
 
 
@@ -141,7 +128,7 @@ def _bias(node: gs.Node, names: Names) -> list[gs.Tensor]:
     value = constant(bias)
     if value is None or value is bias:
         return [bias]
-    return [gs.Constant(names.new(f"{node.outputs[0].name}.bias"), value.values)]
+    return [gs.Constant(names.tensor(f"{node.outputs[0].name}.bias"), value.values)]
 
 
 def _rewrote(where: str, found: Candidate) -> Event:

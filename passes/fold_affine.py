@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from pwopt.graph import Names, constant, is_op, only_reader, producer, replace, set_input
+from pwopt.graph import Names, constant, is_only_reader, is_op, producer, replace, set_input
 from pwopt.model import Model
 from pwopt.rewriting import Context, Event, Pass
 
@@ -37,15 +37,20 @@ class FoldAffine(Pass):
     exact: ClassVar[bool] = True
 
     def apply(self, model: Model, context: Context) -> Iterator[Event]:
+        """Fold in the order of the graph, so that a chain folds into its layer one by one."""
         names = Names(model)
         for node in list(model.graph.nodes):
             if not is_op(node, "BatchNormalization", "Mul", "Add"):
                 continue
-            layer, tensor = _layer_before(node)
-            if layer is None and not is_op(node, "BatchNormalization"):
-                continue  # arithmetic elsewhere is no site
             where = node.outputs[0].name
-            reason = _fold(model.graph, layer, node, tensor, names)
+            tensor = _layer_output(node)
+            if tensor is not None:
+                reason = _fold(model.graph, node, tensor, names)
+            elif node.op == "BatchNormalization":
+                before = producer(node.inputs[0])
+                reason = f"reads {before.op if before else 'an input'}, not a Conv or Gemm"
+            else:
+                continue  # arithmetic elsewhere is no site
             if reason:
                 yield Event("skipped", where, reason)
             else:
@@ -59,24 +64,21 @@ class _Affine(NamedTuple):
     shift: Array
 
 
-def _layer_before(node: gs.Node) -> tuple[gs.Node | None, gs.Tensor]:
-    """Find the Conv or Gemm whose output `node` reads, and that output."""
+def _layer_output(node: gs.Node) -> gs.Tensor | None:
+    """Return the operand of `node` that a Conv or Gemm writes; None if there is none."""
     operands = node.inputs[:1] if node.op == "BatchNormalization" else node.inputs[:2]
     for tensor in operands:
         layer = producer(tensor)
         if layer is not None and is_op(layer, "Conv", "Gemm"):
-            return layer, tensor
-    return None, node.inputs[0]
+            return tensor
+    return None
 
 
-def _fold(
-    graph: gs.Graph, layer: gs.Node | None, node: gs.Node, tensor: gs.Tensor, names: Names
-) -> str | None:
-    """Fold `node` into `layer`; return the reason if that is not possible."""
-    if layer is None:
-        before = producer(tensor)
-        return f"reads {before.op if before else 'an input'}, not a Conv or Gemm"
-    if only_reader(graph, tensor) is not node:
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")  # looked for at the end
+def _fold(graph: gs.Graph, node: gs.Node, tensor: gs.Tensor, names: Names) -> str | None:
+    """Fold `node` into the layer that writes `tensor`; return why if that is not possible."""
+    layer = tensor.inputs[0]
+    if not is_only_reader(graph, node, tensor):
         return f"the {layer.op}'s output is read elsewhere too"
     if graph.opset < 7 and (layer.op, node.op) != ("Conv", "BatchNormalization"):
         return "before opset 7, operands are broadcast by other rules"
@@ -91,7 +93,7 @@ def _fold(
     if isinstance(bias, str):
         return bias
     rank = len(weight.shape) if layer.op == "Conv" else 2
-    affine = _affine(node, tensor, channels, rank)
+    affine = _affine(node, tensor, channels, rank, graph.opset)
     if isinstance(affine, str):
         return affine
 
@@ -125,10 +127,12 @@ def _bias(layer: gs.Node, channels: int) -> Array | str:
     return np.broadcast_to(scaled.reshape(-1), channels)
 
 
-def _affine(node: gs.Node, tensor: gs.Tensor, channels: int, rank: int) -> _Affine | str:
+def _affine(
+    node: gs.Node, tensor: gs.Tensor, channels: int, rank: int, opset: int
+) -> _Affine | str:
     """Read scale and shift of `node`, whose input `tensor` has `rank` axes, channels second."""
     if node.op == "BatchNormalization":
-        return _batch_norm(node)
+        return _batch_norm(node, opset)
     other = node.inputs[1] if node.inputs[0] is tensor else node.inputs[0]
     operand = constant(other)
     if operand is None:
@@ -143,9 +147,10 @@ def _affine(node: gs.Node, tensor: gs.Tensor, channels: int, rank: int) -> _Affi
     return _Affine(np.ones(channels), values)
 
 
-def _batch_norm(node: gs.Node) -> _Affine | str:
+def _batch_norm(node: gs.Node, opset: int) -> _Affine | str:
     """Read a BatchNormalization (ONNX operators, versions 1 to 15) in inference mode."""
-    if node.attrs.get("training_mode", 0) or not node.attrs.get("is_test", 1):
+    # Before opset 7, training is the default; `is_test` does not exist later.
+    if node.attrs.get("training_mode", 0) or not node.attrs.get("is_test", opset >= 7):
         return "BatchNormalization is in training mode"
     if not node.attrs.get("spatial", 1):
         return "BatchNormalization normalises every position on its own"
@@ -164,8 +169,8 @@ def _set_constant(
 ) -> None:
     """Give `layer` an initialiser with `values`: its own one, or a new one if others read that."""
     old = layer.inputs[index] if index < len(layer.inputs) else None
-    if isinstance(old, gs.Constant) and only_reader(graph, old) is layer:
+    if isinstance(old, gs.Constant) and is_only_reader(graph, layer, old):
         old.values = values
         return
-    name = names.new(f"{layer.outputs[0].name}.{part}")
+    name = names.tensor(f"{layer.outputs[0].name}.{part}")
     set_input(graph, layer, index, gs.Constant(name, values))

@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import prod
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from pwopt import cost, lowrank
 from pwopt.cost import ConvSize, Sides, Split
-from pwopt.errors import ModelError
+from pwopt.errors import ModelError, SpecError
 from pwopt.graph import constant, is_op, producer
 from pwopt.model import Model
 from pwopt.shapes import bind, infer
@@ -42,7 +41,8 @@ _NOMINAL_SIZE = 28  # output positions along each axis that is not known
 class Candidate:
     """A split that makes a convolution cheaper.
 
-    `macs` and `params` are those after it. `kept_energy` is the share of the weight's squared
+    `macs` and `params` are those after it, the MACs for an output of 28 positions along each axis
+    where the layer's own is not known. `kept_energy` is the share of the weight's squared
     Frobenius norm that the split keeps.
     """
 
@@ -82,40 +82,49 @@ class Layer:
     why_not: str | None
 
     @property
-    def saving(self) -> float:
-        """What the candidate saves: milliseconds where measured, else MACs; 0 without one."""
-        if self.candidate is None:
+    def saved_macs(self) -> int:
+        """MACs that the candidate saves; 0 without one, or where they are not known."""
+        if self.candidate is None or self.macs is None:
+            return 0
+        return self.macs - self.candidate.macs
+
+    @property
+    def saved_ms(self) -> float:
+        """Milliseconds that the candidate should save; 0 without one, or where not measured."""
+        if self.candidate is None or self.time_ms is None:
             return 0.0
-        if self.time_ms is not None:
-            return self.time_ms * (1 - 1 / self.candidate.predicted_speedup)
-        return float((self.macs or self.candidate.macs) - self.candidate.macs)
+        return self.time_ms * (1 - 1 / self.candidate.predicted_speedup)
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
+class Size:
     """Of the whole model, shared weights once.
 
     Parameters are the constants of floating point, and of 8 bits or fewer where quantized, that
     some node reads, the statistics of BatchNormalization among them; integers of 32 and 64 bits
     are shapes and indices and do not count. `weight_bytes` are the bytes of the same constants.
+    MACs and nodes are those of the main graph.
     """
 
     params: int
     macs: int
     weight_bytes: int
+    nodes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
     """What `analyze` found. Candidates come first, the one that saves most at the top.
 
-    `inputs` are the shapes all numbers hold for, `assumed` says which dimensions of them nobody
-    fixed. `uncounted` layers lie in subgraphs (If, Loop, Scan) and local functions: how often
-    these run is not known. `run_ms` is the time of a whole run, None where not measured.
+    `bottleneck` is the rank that was asked for. `inputs` are the shapes all numbers hold for,
+    `assumed` says which axes of them nobody had fixed. `uncounted` layers lie in subgraphs (If,
+    Loop, Scan) and local functions: how often these run is not known. `run_ms` is the time of a
+    whole run, None where not measured.
     """
 
     model: str
-    totals: Totals
+    bottleneck: int | None
+    totals: Size
     layers: tuple[Layer, ...]
     inputs: Mapping[str, tuple[int, ...]]
     assumed: Mapping[str, int]
@@ -124,7 +133,7 @@ class Analysis:
 
 
 def analyze(
-    model: Model,
+    model: Model | str | Path,
     *,
     shapes: Mapping[str, Sequence[int]] | None = None,
     bottleneck: int | None = None,
@@ -136,7 +145,7 @@ def analyze(
     Only weights of convolutions that may be split are decoded.
 
     Args:
-        model: The model, with the edits made so far.
+        model: The model, with the edits made so far, or its file.
         shapes: Shapes of inputs by name, needed where a dimension is symbolic and no default fits.
         bottleneck: Rank of the splits; None takes, per layer, the largest multiple of the kernel
             block that makes the layer twice as fast.
@@ -144,30 +153,55 @@ def analyze(
         threads: Threads to measure with.
 
     Raises:
-        DataError: `shapes` does not fit the model's inputs.
-        ModelError: a weight holds NaN, or onnxruntime cannot run the model.
+        SpecError: `shapes` does not fit the model's inputs, or `bottleneck` no convolution.
+        ModelError: the file is no model, a weight holds NaN, or onnxruntime cannot run the model.
     """
+    if not isinstance(model, Model):
+        model = Model.load(model)
     binding = bind(model, shapes)
     known = infer(model, binding)
+    if bottleneck is not None:
+        check_rank(model, bottleneck)
     times, run_ms = _measure(model, shapes, threads) if measure else ({}, None)
-    nodes = [node for node in model.graph.nodes if is_op(node, *cost.COUNTED_OPS)]
-    layers = [_layer(model, node, known, bottleneck, times) for node in nodes]
-    macs = sum(layer.macs or 0 for layer in layers)
-    shared = (_with_share(layer, macs) for layer in layers)
-    weights = {id(constant): constant for constant in _weights(model.graph)}.values()
+    layers = [_layer(model, node, known, bottleneck, times) for node in _counted(model.graph)]
+    totals = _size(model, known)
+    shared = (_with_share(layer, totals.macs) for layer in layers)
     return Analysis(
         model=model.name,
-        totals=Totals(
-            params=sum(prod(weight.shape) for weight in weights),
-            macs=macs,
-            weight_bytes=sum(cost.tensor_bytes(prod(w.shape), w.dtype) for w in weights),
-        ),
-        layers=tuple(sorted(shared, key=lambda layer: layer.saving, reverse=True)),
+        bottleneck=bottleneck,
+        totals=totals,
+        layers=tuple(sorted(shared, key=_order)),
         inputs=binding.shapes,
         assumed=binding.assumed,
         uncounted=_count_inner(model),
         run_ms=run_ms,
     )
+
+
+def size(model: Model, shapes: Mapping[str, Sequence[int]] | None = None) -> Size:
+    """Count parameters, MACs, weight bytes and nodes of a model, as `analyze` does.
+
+    Raises:
+        SpecError: `shapes` does not fit the model's inputs.
+    """
+    return _size(model, infer(model, bind(model, shapes)))
+
+
+def check_rank(model: Model, rank: int) -> None:
+    """Refuse a rank that fits no convolution of `model`.
+
+    Raises:
+        SpecError: it is below 1, or larger than the channels of every convolution.
+    """
+    if rank < 1:
+        raise SpecError(f"the rank of a bottleneck must be at least 1, not {rank}")
+    weights = (constant(node.inputs[1]) for node in model.graph.nodes if is_op(node, "Conv"))
+    widest = max((max(w.shape[:2]) for w in weights if w is not None), default=rank)
+    if rank > widest:
+        raise SpecError(
+            f"{model.name}: rank {rank} is larger than the channels of every convolution; "
+            f"the widest has {widest}"
+        )
 
 
 def candidate(
@@ -197,7 +231,7 @@ def candidate(
     weight = constant(node.inputs[1])
     if weight is None:
         return "weight is not a constant"
-    if _has_bottleneck(node):
+    if prod(weight.shape[2:]) > 1 and _has_bottleneck(node):
         return "has a 1×1 bottleneck already"
     if weight.dtype.kind != "f":
         return f"weight is {weight.dtype.name}: only float16, float32 and float64 are split"
@@ -292,35 +326,21 @@ def _unprofitable(conv: ConvSize, tried: Sequence[Split], rank: int | None, side
 
 
 class _KeptEnergy:
-    """The share of a weight's squared norm that a split keeps; Gram matrices on demand, once."""
+    """The share of a weight's squared norm that a split keeps; the weight is decoded on demand."""
 
     def __init__(self, weight: gs.Constant, where: str) -> None:
-        self._constant = weight
+        self._weight = weight
         self._where = where
 
     def __call__(self, sides: Sides, rank: int) -> float:
-        if sides == "both":
-            return lowrank.both_kept_energy(self._weight, rank, rank)
-        gram = self._input_gram if sides == "input" else self._output_gram
-        return lowrank.kept_energy(gram, rank)
+        return self._splitter.kept_energy(sides, rank)
 
     @cached_property
-    def _weight(self) -> npt.NDArray[Any]:
-        weight: npt.NDArray[Any] = self._constant.values.astype(np.float32, copy=False)
-        if not np.isfinite(weight).all():
-            raise ModelError(
-                f"{self._where}: weight '{self._constant.name}' holds NaN or infinite values; "
-                "export the model again"
-            )
-        return weight
-
-    @cached_property
-    def _input_gram(self) -> npt.NDArray[Any]:
-        return lowrank.input_gram(self._weight)
-
-    @cached_property
-    def _output_gram(self) -> npt.NDArray[Any]:
-        return lowrank.output_gram(self._weight)
+    def _splitter(self) -> lowrank.Splitter:
+        try:
+            return lowrank.Splitter(self._weight.values)
+        except ValueError as error:
+            raise ModelError(f"{self._where}: {error}; export the model again") from error
 
 
 def _has_bottleneck(node: gs.Node) -> bool:
@@ -367,6 +387,11 @@ def _positions(shape: Shape) -> int:
 # -- one layer --------------------------------------------------------------------------------
 
 
+def _macs(node: gs.Node, shapes: Mapping[str, Shape]) -> int | None:
+    inputs = [_shape(tensor, shapes) for tensor in node.inputs]
+    return cost.node_macs(node.op, node.attrs, inputs, _shape(node.outputs[0], shapes))
+
+
 def _layer(
     model: Model,
     node: gs.Node,
@@ -392,7 +417,7 @@ def _layer(
         input_shape=inputs[0],
         output_shape=output,
         params=sum(prod(c.shape) for c in constants),
-        macs=cost.node_macs(node.op, node.attrs, inputs, output),
+        macs=_macs(node, shapes),
         mac_share=None,
         time_ms=times.get(node.outputs[0].name),
         candidate=split if isinstance(split, Candidate) else None,
@@ -417,6 +442,11 @@ def _channels(
     return ours, others * groups, tuple(kernel)  # (Cin, Cout/group, *kernel)
 
 
+def _order(layer: Layer) -> tuple[bool, float, int]:
+    """Sort key: candidates first, by milliseconds saved where measured, else by MACs."""
+    return layer.candidate is None, -layer.saved_ms, -layer.saved_macs
+
+
 def _with_share(layer: Layer, macs: int) -> Layer:
     return layer if layer.macs is None else replace(layer, mac_share=layer.macs / max(macs, 1))
 
@@ -435,6 +465,20 @@ def _times(sizes: Sequence[int]) -> str:
 
 
 # -- the whole model --------------------------------------------------------------------------
+
+
+def _size(model: Model, shapes: Mapping[str, Shape]) -> Size:
+    weights = {id(weight): weight for weight in _weights(model.graph)}.values()
+    return Size(
+        params=sum(prod(weight.shape) for weight in weights),
+        macs=sum(_macs(node, shapes) or 0 for node in _counted(model.graph)),
+        weight_bytes=sum(cost.tensor_bytes(prod(w.shape), w.dtype) for w in weights),
+        nodes=len(model.graph.nodes),
+    )
+
+
+def _counted(graph: gs.Graph) -> list[gs.Node]:
+    return [node for node in graph.nodes if is_op(node, *cost.COUNTED_OPS)]
 
 
 def _weights(graph: gs.Graph) -> Iterator[gs.Constant]:
@@ -457,7 +501,7 @@ def _count_inner(model: Model) -> int:
 
 def _count_layers(graph: gs.Graph) -> int:
     inner = chain.from_iterable(node.subgraphs() for node in graph.nodes)
-    return sum(is_op(node, *cost.COUNTED_OPS) for node in graph.nodes) + sum(map(_count_layers, inner))
+    return len(_counted(graph)) + sum(map(_count_layers, inner))
 
 
 def _measure(
@@ -466,6 +510,6 @@ def _measure(
     """Time of each layer and of the whole run, in milliseconds, on random inputs."""
     from pwopt import data, runtime  # onnxruntime is loaded only where something is measured
 
-    feeds = next(iter(data.random_data(model, shapes=shapes)))
-    times = runtime.layer_times(model, feeds, threads=threads)
+    batch = next(iter(data.random_data(model, shapes)))
+    times = runtime.layer_times(model, batch.feeds, threads=threads)
     return times.layers, times.run

@@ -211,11 +211,13 @@ class Samples(ABC):
     Attributes:
         name: What messages call the source.
         count: Samples in it, None where only iterating tells.
+        assumed: What was assumed for the axes that the model leaves open, empty if nothing.
     """
 
     def __init__(self, name: str, model: Model, count: int | None = None) -> None:
         self.name = name
         self.count = count
+        self.assumed = ""
         self._inputs = inputs(model)
         self._batched = _batched(self._inputs)
         self._fixed_batch = fixed_batch(model)
@@ -301,8 +303,10 @@ class RandomData(Samples):
     def __init__(
         self, model: Model, shapes: Shapes | None, *, batch: int, batches: int, seed: int
     ) -> None:
-        self._shapes = bind(model, shapes, batch=batch).shapes
         super().__init__("random inputs", model)
+        binding = bind(model, shapes, batch=batch)
+        self.assumed = binding.describe()
+        self._shapes = binding.shapes
         self.count = batches * next((self._shapes[name][0] for name in self._batched), 1)
         self._batches = batches
         self._seed = seed
@@ -439,6 +443,8 @@ class ImageFolder(Samples):
         self._image = image
         bound = bind(model, shapes, batch=batch).shapes[image.name]
         self._size = (bound[1], bound[2]) if image.channels_last else (bound[2], bound[3])
+        if None in image.size:
+            self.assumed = f"{self._size[0]}×{self._size[1]} pixels"
         self._batch = self._fixed_batch or batch
         self._files = _labelled_files(path)
         self.count = len(self._files)
@@ -528,7 +534,9 @@ def _batched(declared: Sequence[Input]) -> list[str]:
 def _read_npz(path: Path) -> dict[str, Array]:
     hint = "save them with numpy.savez"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, because numpy leaves a file open that turns out to be no archive.
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
             if isinstance(file, np.lib.npyio.NpzFile):
                 return {name: file[name] for name in file.files}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
@@ -675,7 +683,7 @@ def _cast(value: Array, declared: Input, source: str) -> Array:
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError(f"{source}: '{declared.name}' holds NaN or infinity; clean the samples")
-    return np.ascontiguousarray(array, dtype=declared.dtype)
+    return np.asarray(array, dtype=declared.dtype, order="C")
 
 
 def _fits(shape: Sequence[int], expected: Sequence[int | str | None]) -> bool:

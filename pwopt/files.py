@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -20,44 +20,35 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         PwoptError: the folder is missing or cannot be written, or the disk is full.
     """
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     if target.is_dir():
         raise PwoptError(f"{path}: is a folder; name a file to write")
+    temporary = target.with_name(f".pwopt.{secrets.token_hex(8)}")
     try:
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:  # permissions as the umask says
+            if target.exists():
+                temporary.chmod(target.stat().st_mode & 0o777)
             yield file
             file.flush()
-            os.fchmod(file.fileno(), _mode(target))
             os.fsync(file.fileno())
         temporary.replace(target)
-        _sync_folder(target.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    _sync_folder(target.parent)
 
 
 def _cannot_write(path: Path, error: OSError) -> PwoptError:
     return PwoptError(f"{path}: cannot be written ({error.strerror}); choose another place")
 
 
-def _mode(target: Path) -> int:
-    """What the file may be read by: as before, or as the user's umask says."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
-
-
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make the rename last, where the file system lets us; the file itself is whole anyway."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

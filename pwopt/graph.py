@@ -3,7 +3,7 @@
 Nodes and tensors are compared with `is`: GraphSurgeon's `==` compares names only.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -38,12 +38,10 @@ def is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
     return any(output is tensor for output in graph.outputs)
 
 
-def only_reader(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
-    """Return the one node that reads `tensor`; None if others, or the caller, see it too."""
-    if len(tensor.outputs) != 1 or is_output(graph, tensor):
-        return None
-    reader: gs.Node = tensor.outputs[0]
-    return reader
+def is_only_reader(graph: gs.Graph, node: gs.Node, tensor: gs.Tensor) -> bool:
+    """Tell whether `node` reads `tensor`, once, and neither another node nor the caller does."""
+    readers = tensor.outputs
+    return len(readers) == 1 and readers[0] is node and not is_output(graph, tensor)
 
 
 def replace(graph: gs.Graph, node: gs.Node, replacement: Sequence[gs.Node]) -> None:
@@ -79,27 +77,40 @@ def _remove_if_unread(graph: gs.Graph, tensor: gs.Tensor) -> None:
 
 
 class Names:
-    """Hands out names that nothing in the model has yet."""
+    """Hands out names that nothing in the model has yet; tensors and nodes may share one."""
 
     def __init__(self, model: Model) -> None:
-        self._taken = set(_names(model.graph))
+        self._tensors = {t.name for node in _nodes(model.graph) for t in _tensors(node)}
+        self._tensors |= {t.name for t in (*model.graph.inputs, *model.graph.outputs)}
+        self._tensors |= {t.name for t in model.proto.graph.initializer}  # unused ones too
+        self._nodes = {node.name for node in _nodes(model.graph)}
 
-    def new(self, wanted: str) -> str:
-        """Return `wanted`, or `wanted` with the first free number behind it."""
-        name, number = wanted, 1
-        while name in self._taken:
-            number += 1
-            name = f"{wanted}_{number}"
-        self._taken.add(name)
-        return name
+    def tensor(self, wanted: str) -> str:
+        """Return a tensor name: `wanted`, or `wanted` with the first free number behind it."""
+        return _take(wanted, self._tensors)
+
+    def node(self, wanted: str) -> str:
+        """Return a node name, likewise."""
+        return _take(wanted, self._nodes)
 
 
-def _names(graph: gs.Graph) -> Iterable[str]:
-    for tensor in (*graph.inputs, *graph.outputs):
-        yield tensor.name
+def _take(wanted: str, taken: set[str]) -> str:
+    name, number = wanted, 1
+    while name in taken:
+        number += 1
+        name = f"{wanted}_{number}"
+    taken.add(name)
+    return name
+
+
+def _nodes(graph: gs.Graph) -> Iterator[gs.Node]:
     for node in graph.nodes:
-        yield node.name
-        for tensor in (*node.inputs, *node.outputs):
-            yield tensor.name
+        yield node
         for subgraph in node.subgraphs():
-            yield from _names(subgraph)
+            yield from _nodes(subgraph)
+
+
+def _tensors(node: gs.Node) -> Iterator[gs.Tensor]:
+    yield from (*node.inputs, *node.outputs)
+    for subgraph in node.subgraphs():
+        yield from (*subgraph.inputs, *subgraph.outputs)

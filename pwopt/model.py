@@ -2,9 +2,11 @@
 
 import functools
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import onnx
@@ -18,20 +20,20 @@ from onnx import (
     TensorProto,
     external_data_helper,
     helper,
+    numpy_helper,
 )
 
 from pwopt.errors import ModelError
 from pwopt.files import atomic_write
-from pwopt.roundtrip import RoundTrip
+from pwopt.roundtrip import SMALL, RoundTrip, with_data
 
 PROTOBUF_LIMIT = 2**31 - 1
 """Bytes that one protobuf message may take; larger models keep their weights outside."""
 
-_SMALL = 1024
-"""Bytes up to which a tensor is worth keeping where only shapes matter (axes, target shapes)."""
-
 _ALIGNMENT = 4096
 """Offsets of external tensors are multiples of this, so that runtimes can map them (ONNX IR)."""
+
+_STORAGE = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 
 
 class Model:
@@ -44,6 +46,8 @@ class Model:
     def __init__(self, proto: ModelProto, *, path: Path | None = None) -> None:
         self.proto = proto
         self.path = path
+        self.folder = str(path.absolute().parent) if path else ""
+        """Where external weights lie."""
 
     @classmethod
     def load(cls, path: str | Path) -> "Model":
@@ -55,7 +59,7 @@ class Model:
         """
         path = Path(path)
         proto = _parse(path)
-        _check(proto, path.name)
+        _check(proto, str(path), advice="; export it again")
         for tensor in _external_tensors(proto):
             _check_external(tensor, path)
         return cls(proto, path=path)
@@ -65,18 +69,20 @@ class Model:
         """What messages call the model."""
         return self.path.name if self.path else self.proto.graph.name or "model"
 
-    @property
-    def folder(self) -> str:
-        """Where external weights lie."""
-        return str(self.path.parent) if self.path else ""
-
     @functools.cached_property
     def _round_trip(self) -> RoundTrip:
-        return RoundTrip(self.proto, folder=self.folder)
+        try:
+            return RoundTrip(self.proto, folder=self.folder)
+        except ModelError as error:
+            raise ModelError(f"{self.name}: {error}") from error
 
     @property
     def graph(self) -> gs.Graph:
-        """The graph to edit. `gs.Constant.values` decodes on demand; `.shape`, `.dtype` do not."""
+        """The graph to edit. `gs.Constant.values` decodes on demand; `.shape`, `.dtype` do not.
+
+        What is the model's rather than the graph's (opset, metadata, functions) is edited in
+        `proto`.
+        """
         return self._round_trip.graph
 
     def to_proto(self) -> ModelProto:
@@ -85,11 +91,17 @@ class Model:
         Equal to `proto`, field by field, if nothing was edited. Entries of value_info that an
         edit made untrue are left out.
         """
+        proto = self._write(weights=True)
+        if proto.graph.value_info:
+            now = self.skeleton()
+            if now != skeleton(self.proto):
+                _drop_untrue_value_info(proto.graph, now)
+        return proto
+
+    def _write(self, *, weights: bool) -> ModelProto:
         proto = ModelProto()
         _copy_fields(self.proto, proto, without={"graph"})
-        proto.graph.CopyFrom(self._round_trip.write())
-        if proto.graph.node != self.proto.graph.node:
-            _drop_untrue_value_info(proto)
+        self._round_trip.write(proto.graph, weights=weights)
         return proto
 
     def skeleton(self) -> ModelProto:
@@ -98,7 +110,11 @@ class Model:
         Enough to check it and to infer shapes; costs no copy of the weights.
         """
         edited = "_round_trip" in self.__dict__
-        return skeleton(self.to_proto() if edited else self.proto)
+        return skeleton(self._write(weights=False) if edited else self.proto)
+
+    def metadata(self) -> dict[str, str]:
+        """Return the entries of the model's metadata (`metadata_props`)."""
+        return {entry.key: entry.value for entry in self.proto.metadata_props}
 
     def annotate(self, key: str, value: str) -> None:
         """Set an entry of the model's metadata (`metadata_props`)."""
@@ -124,7 +140,8 @@ class Model:
         """Write the model, whole or not at all; weights go outside if they were or must be.
 
         External weights go to `NAME.HASH.data` beside the model: named by content, so that the
-        model that was there before keeps its own weights until the very rename.
+        model that was there before keeps its own weights. Nothing is ever deleted, since another
+        model may refer to it.
 
         Raises:
             ModelError: the edited graph is not valid, or too large for one file.
@@ -133,15 +150,16 @@ class Model:
         path = Path(path)
         proto = self.to_proto()
         _check(proto, self.name)
-        if self._has_external_data or proto.ByteSize() > PROTOBUF_LIMIT:
-            _write_external(proto, self.folder, path)
-        try:
-            data = proto.SerializeToString()
-        except (EncodeError, ValueError) as error:
-            raise ModelError(f"{path}: larger than 2 GB even without its weights") from error
-        with atomic_write(path) as file:
-            file.write(data)
-        _remove_stale_data(path, keep={_location(t) for t in _external_tensors(proto)})
+        with ExitStack() as undo:
+            if self._has_external_data or proto.ByteSize() > PROTOBUF_LIMIT:
+                _write_external(proto, self.folder, path, undo)
+            try:
+                data = proto.SerializeToString()
+            except (EncodeError, ValueError) as error:
+                raise ModelError(f"{path}: larger than 2 GB even without its weights") from error
+            with atomic_write(path) as file:
+                file.write(data)
+            undo.pop_all()
 
     def to_memory(self) -> ModelProto:
         """Like `to_proto`, with external weights read into the message.
@@ -150,7 +168,8 @@ class Model:
             ModelError: the whole is larger than one protobuf message may be.
         """
         proto = self.to_proto()
-        external_data_helper.load_external_data_for_model(proto, self.folder)
+        for tensor in _external_tensors(proto):
+            tensor.CopyFrom(with_data(tensor, self.folder))
         if proto.ByteSize() > PROTOBUF_LIMIT:
             raise ModelError(f"{self.name}: larger than 2 GB; save it and use the file")
         return proto
@@ -196,10 +215,7 @@ def _is_plain_constant(node: NodeProto) -> bool:
 def _is_large(tensor: TensorProto) -> bool:
     if tensor.data_location == TensorProto.EXTERNAL:
         return True
-    size = 1
-    for dim in tensor.dims:
-        size *= dim
-    return size * 4 > _SMALL
+    return math.prod(tensor.dims) * 4 > SMALL
 
 
 def _describe(tensor: TensorProto, name: str) -> onnx.ValueInfoProto:
@@ -210,27 +226,27 @@ def _copy_fields(source: Message, target: Message, *, without: set[str]) -> None
     for descriptor, value in source.ListFields():
         if descriptor.name in without:
             continue
+        if isinstance(value, bytes):  # protobuf's way to return text that is not UTF-8
+            raise ModelError(f"the model's {descriptor.name} is not UTF-8 text; export it again")
         if isinstance(value, (str, int)):
             setattr(target, descriptor.name, value)
         else:
             getattr(target, descriptor.name).MergeFrom(value)
 
 
-def _drop_untrue_value_info(proto: ModelProto) -> None:
-    """Drop the entries that shape inference, told nothing about inner tensors, contradicts."""
-    if not proto.graph.value_info:
-        return
-    bare = skeleton(proto)
+def _drop_untrue_value_info(graph: GraphProto, bare: ModelProto) -> None:
+    """Drop the entries that shape inference, told nothing about inner tensors, contradicts.
+
+    If it contradicts any, then those go too of which it knows nothing: they may follow from it.
+    """
     del bare.graph.value_info[:]
     inferred = onnx.shape_inference.infer_shapes(bare)
     types = {info.name: info.type.tensor_type for info in inferred.graph.value_info}
-    true = [
-        info
-        for info in proto.graph.value_info
-        if info.name not in types or _agree(info.type.tensor_type, types[info.name])
-    ]
-    del proto.graph.value_info[:]
-    proto.graph.value_info.extend(true)
+    known = [info for info in graph.value_info if info.name in types]
+    true = [info for info in known if _agree(info.type.tensor_type, types[info.name])]
+    if len(true) < len(known):
+        del graph.value_info[:]
+        graph.value_info.extend(true)
 
 
 def _agree(one: onnx.TypeProto.Tensor, other: onnx.TypeProto.Tensor) -> bool:
@@ -253,6 +269,8 @@ def _parse(path: Path) -> ModelProto:
     if path.is_dir():
         raise ModelError(f"{path}: is a folder; give the .onnx file inside it")
     try:
+        if path.stat().st_size > PROTOBUF_LIMIT:
+            raise ModelError(f"{path}: is larger than 2 GB; export it with external data")
         data = path.read_bytes()
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; check the path") from None
@@ -272,7 +290,7 @@ def _parse(path: Path) -> ModelProto:
     return proto
 
 
-def _check(proto: ModelProto, name: str) -> None:
+def _check(proto: ModelProto, name: str, *, advice: str = "") -> None:
     newest = onnx.defs.onnx_opset_version()
     for opset in proto.opset_import:
         if opset.domain in ("", "ai.onnx") and opset.version > newest:
@@ -283,7 +301,9 @@ def _check(proto: ModelProto, name: str) -> None:
     try:
         onnx.checker.check_model(skeleton(proto))
     except (onnx.checker.ValidationError, ValueError) as error:
-        raise ModelError(f"{name}: is not a valid ONNX model: {_one_line(error)}") from error
+        raise ModelError(
+            f"{name}: is not a valid ONNX model ({_one_line(error)}){advice}"
+        ) from error
 
 
 def _one_line(error: Exception) -> str:
@@ -313,15 +333,13 @@ def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
             yield from _tensors(subgraph)
 
 
-def _location(tensor: TensorProto) -> str:
-    return next((e.value for e in tensor.external_data if e.key == "location"), "")
-
-
 def _check_external(tensor: TensorProto, model: Path) -> None:
-    location = _location(tensor)
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
     folder = model.parent.resolve()
     file = (folder / location).resolve()
-    if not location or not file.is_relative_to(folder):
+    inside = file.is_relative_to(folder) and not Path(location).is_absolute()
+    if not location or not inside:
         raise ModelError(
             f"{model}: weight '{tensor.name}' points outside the model's folder ('{location}'), "
             "which is not followed; put its data beside the model"
@@ -331,18 +349,34 @@ def _check_external(tensor: TensorProto, model: Path) -> None:
             f"{model}: the file '{location}' with weight '{tensor.name}' is missing; "
             "put it beside the model"
         )
-    entries = {e.key: int(e.value) for e in tensor.external_data if e.key in ("offset", "length")}
-    if entries.get("offset", 0) + entries.get("length", 0) > file.stat().st_size:
+    try:
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
+    except ValueError:
+        offset = length = -1
+    if min(offset, length) < 0:
         raise ModelError(
-            f"{model}: the file '{location}' is too short for weight '{tensor.name}'; "
-            "copy it again"
+            f"{model}: weight '{tensor.name}' has no valid place in '{location}'; "
+            "export the model again"
         )
+    if offset + max(length, _stored_bytes(tensor)) > file.stat().st_size:
+        raise ModelError(
+            f"{model}: the file '{location}' is too short for weight '{tensor.name}'; copy it again"
+        )
+
+
+def _stored_bytes(tensor: TensorProto) -> int:
+    """How many bytes of data `tensor` has; types below one byte are packed (ONNX IR)."""
+    name = TensorProto.DataType.Name(tensor.data_type)
+    bits = next((n for n in (2, 4, 6) if re.match(rf"U?(INT|FLOAT){n}(E|$)", name)), None)
+    if bits is None:
+        bits = 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return -(-math.prod(tensor.dims) * bits // 8)
 
 
 # -- external data ----------------------------------------------------------------------------
 
 
-def _write_external(proto: ModelProto, folder: str, path: Path) -> None:
+def _write_external(proto: ModelProto, folder: str, path: Path, undo: ExitStack) -> None:
     """Move the large weights of `proto` to a data file beside `path`, one at a time."""
     inside = [t for t in proto.graph.initializer if t.data_location != TensorProto.EXTERNAL]
     scratch = path.with_name(f".{path.name}.{os.getpid()}.data")
@@ -350,28 +384,32 @@ def _write_external(proto: ModelProto, folder: str, path: Path) -> None:
     moved = []
     with atomic_write(scratch) as file:
         for tensor in (*_external_tensors(proto), *inside):
-            loaded = TensorProto()
-            loaded.CopyFrom(tensor)
-            if tensor.data_location == TensorProto.EXTERNAL:
-                external_data_helper.load_external_data_for_tensor(loaded, folder)
-            if len(loaded.raw_data) <= _SMALL:
+            loaded = with_data(tensor, folder)
+            data = _raw_data(loaded)
+            if len(data) <= SMALL:
                 tensor.CopyFrom(loaded)
                 continue
-            file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-            moved.append((tensor, file.tell(), len(loaded.raw_data)))
-            file.write(loaded.raw_data)
-            digest.update(loaded.raw_data)
-    data = path.with_name(f"{path.name}.{digest.hexdigest()[:12]}.data")
-    scratch.replace(data)
+            padded = b"\0" * (-file.tell() % _ALIGNMENT) + data
+            file.write(padded)
+            digest.update(padded)
+            moved.append((tensor, file.tell() - len(data), len(data)))
+    if not moved:
+        scratch.unlink()
+        return
+    target = path.with_name(f"{path.name}.{digest.hexdigest()[:12]}.data")
+    if not target.exists():
+        undo.callback(target.unlink)
+    scratch.replace(target)
     for tensor, offset, length in moved:
-        tensor.raw_data = b""
-        external_data_helper.set_external_data(tensor, data.name, offset, length)
+        for storage in _STORAGE:
+            tensor.ClearField(storage)
+        tensor.raw_data = b""  # which set_external_data insists on
+        external_data_helper.set_external_data(tensor, target.name, offset, length)
         tensor.ClearField("raw_data")
 
 
-def _remove_stale_data(path: Path, *, keep: set[str]) -> None:
-    """Remove the data files that earlier saves to `path` left, now that nothing refers to them."""
-    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{12}\.data")
-    for file in path.parent.iterdir():
-        if pattern.fullmatch(file.name) and file.name not in keep:
-            file.unlink()
+def _raw_data(tensor: TensorProto) -> bytes:
+    """Return the values as raw bytes, however they are stored; strings have no such form."""
+    if tensor.HasField("raw_data") or tensor.data_type == TensorProto.STRING:
+        return tensor.raw_data
+    return numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data

@@ -49,10 +49,10 @@ def _load(entry: EntryPoint) -> type[Pass]:
         kind = entry.load()
     except Exception as error:
         raise PwoptError(
-            f"{_origin(entry)}: cannot be loaded ({type(error).__name__}: {error}); "
-            "upgrade or uninstall that package"
+            f"{_origin(entry)}: cannot be loaded ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); upgrade or uninstall that package"
         ) from error
-    if not (isinstance(kind, type) and issubclass(kind, Pass)):
+    if not (isinstance(kind, type) and issubclass(kind, Pass) and hasattr(kind, "name")):
         raise PwoptError(f"{_origin(entry)}: is not a Pass; uninstall or mend that package")
     return kind
 

@@ -106,6 +106,8 @@ class Pipeline:
     ) -> tuple[PassReport, ...]:
         """Run the passes on `model`, in place, and note them in its metadata.
 
+        The note goes behind that of earlier runs, so that it is the pipeline of all that was done.
+
         Raises:
             PwoptError: a pass failed; the message names it and those before it, and `model` is
                 in no state to be used.
@@ -119,8 +121,9 @@ class Pipeline:
             for observer in observers:
                 observer.after(step, model, report)
         if any(report.rewrote for report in reports):
+            earlier = model.metadata().get("pwopt.pipeline")
             model.annotate("pwopt.version", version("pwopt"))
-            model.annotate("pwopt.pipeline", str(self))
+            model.annotate("pwopt.pipeline", f"{earlier},{self}" if earlier else str(self))
         return tuple(reports)
 
     def __str__(self) -> str:
@@ -154,9 +157,11 @@ class Timing(Observer):
         self._start = 0.0
 
     def before(self, step: Pass, model: Model) -> None:
+        """Start the clock."""
         self._start = time.perf_counter()
 
     def after(self, step: Pass, model: Model, report: PassReport) -> None:
+        """Note the time."""
         self.seconds.append((step.name, time.perf_counter() - self._start))
 
 
@@ -168,6 +173,7 @@ class Dump(Observer):
         self._count = 0
 
     def after(self, step: Pass, model: Model, report: PassReport) -> None:
+        """Save the model."""
         self._count += 1
         self.folder.mkdir(parents=True, exist_ok=True)
         model.save(self.folder / f"{self._count:02}-{step.name}.onnx")
@@ -177,5 +183,6 @@ class Verify(Observer):
     """Checks after each pass that the graph is a valid model, so that a fault names its pass."""
 
     def after(self, step: Pass, model: Model, report: PassReport) -> None:
+        """Raise ModelError if what the pass made is not valid."""
         if report.rewrote:
             model.check(f"after pass '{step.name}'")

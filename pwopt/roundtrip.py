@@ -6,9 +6,12 @@ both directions are written here, by one rule: whatever nobody edited is given b
 message it came from, and only what was edited is written anew.
 """
 
+import copy
+import math
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,12 +22,20 @@ from onnx import (
     GraphProto,
     ModelProto,
     NodeProto,
+    TensorAnnotation,
     TensorProto,
     ValueInfoProto,
+    external_data_helper,
     helper,
     numpy_helper,
 )
+from onnx.checker import ValidationError
 from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from pwopt.errors import ModelError
+
+SMALL = 1024
+"""Bytes up to which a tensor is worth keeping where only shapes matter (axes, target shapes)."""
 
 _Scope = MutableMapping[str, gs.Tensor]
 _WRITTEN_ANEW = {"node", "initializer", "input", "output", "value_info", "quantization_annotation"}
@@ -37,12 +48,43 @@ class TensorValues(LazyValues):  # type: ignore[misc]
         self.tensor = tensor
         self.folder = folder
         self.shape = list(tensor.dims)
-        self.dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        self.nbytes = int(np.prod(self.shape)) * self.dtype.itemsize
+        self.dtype = _dtype(tensor.data_type)
+        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
 
     def load(self) -> npt.NDArray[Any]:
-        """Decode the values. Types that numpy lacks come as ml_dtypes has them."""
-        return np.array(numpy_helper.to_array(self.tensor, self.folder))
+        """Decode the values. Types that numpy lacks come as ml_dtypes has them.
+
+        Raises:
+            ModelError: the tensor's data is damaged, or its file is gone.
+        """
+        tensor = with_data(self.tensor, self.folder)
+        try:
+            return np.array(numpy_helper.to_array(tensor))
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"weight '{tensor.name}' is damaged: {error}") from error
+
+
+def with_data(tensor: TensorProto, folder: str) -> TensorProto:
+    """Return the tensor itself, or a copy that holds the data which lies in another file.
+
+    Raises:
+        ModelError: that file is gone, too short or outside `folder`.
+    """
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return tensor
+    loaded = TensorProto()
+    loaded.CopyFrom(tensor)
+    try:
+        external_data_helper.load_external_data_for_tensor(loaded, folder)
+    except (OSError, ValueError, ValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"weight '{tensor.name}' cannot be read: {reason}") from error
+    loaded.ClearField("data_location")
+    loaded.ClearField("external_data")
+    return loaded
+
+
+_Type = tuple[Any, tuple[Any, ...] | None]
 
 
 @dataclass
@@ -56,62 +98,80 @@ class _NodeOrigin:
 
 @dataclass
 class _GraphOrigin:
-    """The message a graph came from, with its tensors as they were when read."""
+    """The message a graph came from, and the tensors that its names stood for when it was read."""
 
     graph: gs.Graph
     proto: GraphProto
-    constants: dict[str, gs.Constant] = field(default_factory=dict)
-    types: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    unused: set[str] = field(default_factory=set)
+    tensors: dict[str, gs.Tensor]
+    types: dict[int, _Type]
+    defined: set[int] = field(default_factory=set)
+    unused: set[int] = field(default_factory=set)
+
+    def constants(self) -> list[gs.Constant]:
+        """List the initialisers, those that a caller may override left aside."""
+        tensors = (self.tensors[initializer.name] for initializer in self.proto.initializer)
+        return [tensor for tensor in tensors if isinstance(tensor, gs.Constant)]
 
 
 class RoundTrip:
     """One model's GraphProto as a gs.Graph to edit (`graph`), and the way back (`write`)."""
 
     def __init__(self, proto: ModelProto, *, folder: str = "") -> None:
-        self._folder = folder
+        self.folder = folder
         self._imports = list(proto.opset_import)
         # Before IR 4 every initialiser is listed as an input as well and is constant all the
         # same; from IR 4 on, a listed one may be overridden by the caller (ONNX IR.md).
-        self._initializers_are_inputs = proto.ir_version < 4
-        self._nodes: dict[int, _NodeOrigin] = {}
-        self._graphs: dict[int, _GraphOrigin] = {}
+        self.initializers_are_inputs = proto.ir_version < 4
+        self.nodes: dict[int, _NodeOrigin] = {}
+        self.graphs: dict[int, _GraphOrigin] = {}
+        self.tensors: dict[int, tuple[gs.Tensor, TensorProto]] = {}
         self.graph: gs.Graph = self._read_graph(proto.graph, {})
-        for origin in self._graphs.values():
-            outputs = {t.name for t in origin.graph.outputs}
-            origin.unused = {n for n, c in origin.constants.items() if not c.outputs} - outputs
+        used = _used(self.graph)
+        for origin in self.graphs.values():
+            constants = origin.constants()
+            origin.defined = _defined(origin.graph, constants)
+            origin.unused = {id(constant) for constant in constants} - used
 
-    def write(self) -> GraphProto:
-        """Write the edited graph: equal, field by field, to the one read if nothing was edited."""
-        return self._write_graph(self.graph)
+    def write(self, target: GraphProto, *, weights: bool = True) -> None:
+        """Write the edited graph into the empty message `target`.
+
+        Equal, field by field, to the one read if nothing was edited. Without `weights`, large
+        tensors are written as external ones that lie nowhere: name, type and shape.
+        """
+        _Writer(self, _used(self.graph), weights).write_graph(self.graph, target, set())
 
     # -- reading ---------------------------------------------------------------------------
 
     def _read_graph(self, proto: GraphProto, outer: _Scope) -> gs.Graph:
         inputs = {info.name for info in proto.input}
-        constants = {
+        local: dict[str, gs.Tensor] = {
             tensor.name: self._read_tensor(tensor)
             for tensor in proto.initializer
-            if tensor.name not in inputs or self._initializers_are_inputs
+            if tensor.name not in inputs or self.initializers_are_inputs
         }
-        local: dict[str, gs.Tensor] = dict(constants)
         for info in (*proto.input, *proto.output, *proto.value_info):
             local.setdefault(info.name, _read_variable(info))
         for name in (name for node in proto.node for name in node.output):
             local.setdefault(name, gs.Variable(name))
+        for tensor in proto.initializer:
+            self.tensors.setdefault(id(local[tensor.name]), (local[tensor.name], tensor))
 
         scope = ChainMap(local, outer)
         graph = gs.Graph(
             nodes=[self._read_node(node, scope) for node in proto.node],
-            inputs=[local[info.name] for info in proto.input if info.name not in constants],
+            inputs=[
+                local[info.name]
+                for info in proto.input
+                if not isinstance(local[info.name], gs.Constant)
+            ],
             outputs=[local[info.name] for info in proto.output],
             name=proto.name,
             doc_string=proto.doc_string,
             opset=next((o.version for o in self._imports if o.domain in ("", "ai.onnx")), None),
             import_domains=self._imports,
         )
-        types = {n: (t.dtype, t.shape) for n, t in local.items() if isinstance(t, gs.Variable)}
-        self._graphs[id(graph)] = _GraphOrigin(graph, proto, constants, types)
+        types = {id(tensor): _type(tensor) for tensor in local.values()}
+        self.graphs[id(graph)] = _GraphOrigin(graph, proto, local, types)
         return graph
 
     def _read_node(self, proto: NodeProto, scope: _Scope) -> gs.Node:
@@ -125,7 +185,7 @@ class RoundTrip:
             domain=proto.domain,
         )
         before = {k: list(v) if isinstance(v, list) else v for k, v in attrs.items()}
-        self._nodes[id(node)] = _NodeOrigin(node, proto, before)
+        self.nodes[id(node)] = _NodeOrigin(node, proto, before)
         return node
 
     def _read_attribute(self, proto: AttributeProto, scope: _Scope) -> Any:
@@ -148,68 +208,85 @@ class RoundTrip:
             case AttributeProto.INTS:
                 return list(proto.ints)
             case _:
-                return proto
+                return copy.deepcopy(proto)
 
     def _read_tensor(self, proto: TensorProto) -> gs.Constant:
-        return gs.Constant(proto.name, TensorValues(proto, self._folder))
+        constant = gs.Constant(proto.name, TensorValues(proto, self.folder))
+        self.tensors[id(constant)] = (constant, proto)
+        return constant
 
-    # -- writing ---------------------------------------------------------------------------
 
-    def _write_graph(self, graph: gs.Graph) -> GraphProto:
-        origin = self._graphs.get(id(graph)) or _GraphOrigin(graph, GraphProto(name=graph.name))
+@dataclass
+class _Writer:
+    """One writing of a RoundTrip."""
+
+    source: RoundTrip
+    used: set[int]
+    weights: bool
+
+    def write_graph(self, graph: gs.Graph, proto: GraphProto, outer: set[int]) -> None:
+        """Write `graph`; `outer` are the constants that the graphs around it define."""
+        new = _GraphOrigin(graph, GraphProto(name=graph.name), {}, {})
+        origin = self.source.graphs.get(id(graph), new)
         before = origin.proto
-        constants = self._living_constants(origin)
-        inputs = {t.name: t for t in graph.inputs}
-        outputs = {t.name: t for t in graph.outputs}
-        inner = {t.name: t for node in graph.nodes for t in node.outputs}
-        tensors = inner | inputs | constants
+        constants = self._constants(origin, outer)
+        defined = _defined(graph, constants)
 
-        proto = GraphProto()
         for descriptor, value in before.ListFields():
             if descriptor.name not in _WRITTEN_ANEW:
                 proto.MergeFrom(GraphProto(**{descriptor.name: value}))
-        proto.node.extend(self._write_node(node) for node in graph.nodes)
+        visible = outer | {id(constant) for constant in constants}
+        proto.node.extend(self._write_node(node, visible) for node in graph.nodes)
 
-        originals = {tensor.name: tensor for tensor in before.initializer}
-        for name, tensor in originals.items():
-            if name in constants:
-                proto.initializer.append(_write_tensor(constants[name], tensor))
-            elif name in inputs:  # the default of an input that a caller may override
-                proto.initializer.append(tensor)
-        added = {name: c for name, c in constants.items() if name not in originals}
-        proto.initializer.extend(_write_tensor(c, None) for c in added.values())
+        listed = [origin.tensors[tensor.name] for tensor in before.initializer]
+        kept = [tensor for tensor in listed if id(tensor) in defined]
+        known = {id(tensor) for tensor in kept}
+        added = [constant for constant in constants if id(constant) not in known]
+        proto.initializer.extend(self._write_tensor(tensor) for tensor in (*kept, *added))
 
-        listed = {info.name for info in before.input}
-        inputs |= {name: c for name, c in constants.items() if name in listed}
-        if self._initializers_are_inputs and graph is self.graph:
-            inputs |= added
-        proto.input.extend(_write_values(before.input, inputs, origin.types))
-        proto.output.extend(_write_values(before.output, outputs, origin.types))
-        described = {v.name: tensors[v.name] for v in before.value_info if v.name in tensors}
-        proto.value_info.extend(_write_values(before.value_info, described, origin.types))
+        inputs = list(self._inputs(origin, defined))
+        if self.source.initializers_are_inputs and graph is self.source.graph:
+            inputs += added
+        proto.input.extend(_write_values(inputs, before.input, origin))
+        proto.output.extend(_write_values(graph.outputs, before.output, origin))
+
+        gone = {n for n, t in origin.tensors.items() if id(t) in origin.defined - defined}
+        described = [info for info in before.value_info if info.name not in gone]
+        for info in described:
+            tensor = origin.tensors[info.name]
+            proto.value_info.append(_write_value(info, tensor, origin.types[id(tensor)]))
         proto.quantization_annotation.extend(
-            a for a in before.quantization_annotation if a.tensor_name in tensors
+            _write_annotation(annotation, origin.tensors)
+            for annotation in before.quantization_annotation
+            if annotation.tensor_name not in gone
         )
-        return proto
 
-    def _living_constants(self, origin: _GraphOrigin) -> dict[str, gs.Constant]:
-        """Find the initialisers of a graph: the old ones but those orphaned, then the new ones."""
-        used = {id(t) for node in _all_nodes(self.graph) for t in node.inputs}
-        used |= {id(t) for t in origin.graph.outputs}
+    def _constants(self, origin: _GraphOrigin, outer: set[int]) -> list[gs.Constant]:
+        """List the constants a graph defines: its old ones but those orphaned, then new ones."""
         constants = {
-            constant.name: constant
-            for name, constant in origin.constants.items()
-            if id(constant) in used or name in origin.unused
+            id(constant): constant
+            for constant in origin.constants()
+            if id(constant) in self.used | origin.unused
         }
-        old = {id(c) for o in self._graphs.values() for c in o.constants.values()}
-        read_here = [t for node in origin.graph.nodes for t in node.inputs]
-        for tensor in (*read_here, *origin.graph.outputs):
-            if isinstance(tensor, gs.Constant) and id(tensor) not in old:
-                constants[tensor.name] = tensor
-        return constants
+        read = [tensor for node in origin.graph.nodes for tensor in node.inputs]
+        for tensor in (*read, *origin.graph.outputs):
+            if isinstance(tensor, gs.Constant):
+                constants.setdefault(id(tensor), tensor)
+        return [constant for key, constant in constants.items() if key not in outer]
 
-    def _write_node(self, node: gs.Node) -> NodeProto:
-        origin = self._nodes.get(id(node)) or _NodeOrigin(node, NodeProto(), {})
+    def _inputs(self, origin: _GraphOrigin, defined: set[int]) -> Iterator[gs.Tensor]:
+        """List the graph's inputs, with the initialisers among them where they were."""
+        variables = iter(origin.graph.inputs)
+        for info in origin.proto.input:
+            tensor = origin.tensors[info.name]
+            if not isinstance(tensor, gs.Constant):
+                yield from islice(variables, 1)
+            elif id(tensor) in defined:
+                yield tensor
+        yield from variables
+
+    def _write_node(self, node: gs.Node, visible: set[int]) -> NodeProto:
+        origin = self.source.nodes.get(id(node)) or _NodeOrigin(node, NodeProto(), {})
         proto = NodeProto()
         proto.CopyFrom(origin.proto)
         for name, value in (("op_type", node.op), ("name", node.name), ("domain", node.domain)):
@@ -219,36 +296,81 @@ class RoundTrip:
             if list(names) != [tensor.name for tensor in tensors]:
                 names[:] = [tensor.name for tensor in tensors]
         del proto.attribute[:]
-        originals = {attr.name: attr for attr in origin.proto.attribute}
+        originals = {attribute.name: attribute for attribute in origin.proto.attribute}
         for name, value in node.attrs.items():
             original = originals.get(name)
             untouched = original is not None and _same(value, origin.attrs[name])
-            proto.attribute.append(self._write_attribute(name, value, original, untouched))
+            written = original if untouched else None
+            if isinstance(value, (gs.Graph, gs.Constant, AttributeProto)) or written is None:
+                written = self._write_attribute(name, value, original, visible)
+            proto.attribute.append(written)
         return proto
 
     def _write_attribute(
-        self, name: str, value: Any, original: AttributeProto | None, untouched: bool
+        self, name: str, value: Any, original: AttributeProto | None, visible: set[int]
     ) -> AttributeProto:
-        if isinstance(value, gs.Graph):
-            return _filled(name, original, g=self._write_graph(value))
-        if isinstance(value, gs.Constant):
-            tensor = original.t if original is not None and untouched else None
-            return _filled(name, original, t=_write_tensor(value, tensor))
-        if original is not None and untouched:
-            return original
         if isinstance(value, AttributeProto):
             return value
-        kind = original.type if original is not None else None
-        return helper.make_attribute(name, value, attr_type=kind)
+        proto = AttributeProto(name=name)
+        if isinstance(value, gs.Graph):
+            proto.type = AttributeProto.GRAPH
+            self.write_graph(value, proto.g, visible)
+        elif isinstance(value, gs.Constant):
+            proto.type = AttributeProto.TENSOR
+            proto.t.CopyFrom(self._write_tensor(value))
+        else:
+            kind = original.type if original is not None else None
+            proto = helper.make_attribute(name, value, attr_type=kind)
+        if original is not None and original.HasField("doc_string"):
+            proto.doc_string = original.doc_string
+        return proto
+
+    def _write_tensor(self, tensor: gs.Tensor) -> TensorProto:
+        """Write a constant, or the default of an input that a caller may override."""
+        _, original = self.source.tensors.get(id(tensor), (None, None))
+        if isinstance(tensor, gs.Variable):
+            assert original is not None  # only what was an initialiser gets here
+            return _named(original, tensor.name)
+        values = tensor._values  # not .values, which would decode what nobody asked for
+        if not self.weights and values.nbytes > SMALL:
+            return TensorProto(
+                name=tensor.name,
+                dims=values.shape,
+                data_type=helper.np_dtype_to_tensor_dtype(values.dtype),
+                data_location=TensorProto.EXTERNAL,
+            )
+        if isinstance(values, TensorValues):
+            return _named(values.tensor, tensor.name)
+        if original is not None and _holds(original, tensor.values, self.source.folder):
+            return _named(original, tensor.name)
+        written = numpy_helper.from_array(np.asarray(tensor.values, order="C"), tensor.name)
+        if original is not None:
+            written.doc_string = original.doc_string
+            written.metadata_props.MergeFrom(original.metadata_props)
+        return written
 
 
-def _filled(name: str, original: AttributeProto | None, **value: Any) -> AttributeProto:
-    """Give `original` a new tensor (`t`) or graph (`g`), or make an attribute that holds it."""
-    kind = AttributeProto.GRAPH if "g" in value else AttributeProto.TENSOR
-    proto = AttributeProto(name=name, type=kind, **value)
-    if original is not None and original.doc_string:
-        proto.doc_string = original.doc_string
-    return proto
+def _used(graph: gs.Graph) -> set[int]:
+    """Find the tensors that some node reads or some graph gives out, inner graphs included."""
+    used = {id(tensor) for tensor in graph.outputs}
+    for node in graph.nodes:
+        used |= {id(tensor) for tensor in node.inputs}
+        for subgraph in node.subgraphs():
+            used |= _used(subgraph)
+    return used
+
+
+def _defined(graph: gs.Graph, constants: Iterable[gs.Constant]) -> set[int]:
+    """Find the tensors that get their value in `graph` itself."""
+    written = (tensor for node in graph.nodes for tensor in node.outputs)
+    return {id(tensor) for tensor in (*constants, *graph.inputs, *written)}
+
+
+def _dtype(kind: int) -> np.dtype[Any]:
+    try:
+        return helper.tensor_dtype_to_np_dtype(kind)
+    except KeyError:
+        raise ModelError(f"the installed onnx knows no element type {kind}; upgrade it") from None
 
 
 def _lookup(name: str, scope: _Scope) -> gs.Tensor:
@@ -266,7 +388,7 @@ def _text(data: bytes) -> str | bytes:
 
 def _read_variable(info: ValueInfoProto) -> gs.Variable:
     tensor = info.type.tensor_type
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type) if tensor.elem_type else None
+    dtype = _dtype(tensor.elem_type) if tensor.elem_type else None
     if not tensor.HasField("shape"):
         return gs.Variable(info.name, dtype)
     shape = [
@@ -276,65 +398,71 @@ def _read_variable(info: ValueInfoProto) -> gs.Variable:
     return gs.Variable(info.name, dtype, shape)
 
 
+def _type(tensor: gs.Tensor) -> _Type:
+    return tensor.dtype, None if tensor.shape is None else tuple(tensor.shape)
+
+
 def _write_values(
-    originals: Iterable[ValueInfoProto],
-    tensors: Mapping[str, gs.Tensor],
-    types: Mapping[str, tuple[Any, Any]],
+    tensors: Iterable[gs.Tensor], originals: Iterable[ValueInfoProto], origin: _GraphOrigin
 ) -> Iterator[ValueInfoProto]:
-    """Describe `tensors`: in the order they had, unchanged unless edited, the new ones last."""
-    names = set()
-    for info in originals:
-        if info.name in tensors:
-            names.add(info.name)
-            yield _write_value(info, tensors[info.name], types.get(info.name))
-    for name, tensor in tensors.items():
-        if name not in names:
-            yield _write_value(ValueInfoProto(name=name), tensor, None)
+    """Describe the inputs or the outputs of a graph."""
+    infos = {id(origin.tensors[info.name]): info for info in originals}
+    for tensor in tensors:
+        info = infos.get(id(tensor), ValueInfoProto())
+        yield _write_value(info, tensor, origin.types.get(id(tensor)) if info.name else None)
 
 
 def _write_value(
-    original: ValueInfoProto, tensor: gs.Tensor, before: tuple[Any, Any] | None
+    original: ValueInfoProto, tensor: gs.Tensor, before: _Type | None
 ) -> ValueInfoProto:
-    constant = isinstance(tensor, gs.Constant)
-    if original.HasField("type") and (constant or before == (tensor.dtype, tensor.shape)):
-        return original
-    if tensor.dtype is None:
-        return original
+    """Describe a tensor as `original` does, or by its own type and shape if those were edited."""
     info = ValueInfoProto()
     info.CopyFrom(original)
+    info.name = tensor.name
+    if before == _type(tensor) or tensor.dtype is None:
+        return info
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-    info.type.CopyFrom(helper.make_tensor_type_proto(kind, tensor.shape))
+    edited = helper.make_tensor_type_proto(kind, tensor.shape)
+    axes = info.type.tensor_type.shape.dim
+    for axis, old in zip(edited.tensor_type.shape.dim, axes, strict=False):
+        axis.denotation = old.denotation
+    edited.denotation = info.type.denotation
+    info.type.CopyFrom(edited)
     return info
 
 
-def _write_tensor(constant: gs.Constant, original: TensorProto | None) -> TensorProto:
-    values = constant._values  # not .values, which would decode what nobody asked for
-    if isinstance(values, TensorValues):
-        if values.tensor.name == constant.name:
-            return values.tensor
-        renamed = TensorProto()
-        renamed.CopyFrom(values.tensor)
-        renamed.name = constant.name
-        return renamed
-    written = numpy_helper.from_array(np.asarray(values, order="C"), constant.name)
-    return original if original is not None and _equal(original, written) else written
+def _write_annotation(
+    original: TensorAnnotation, tensors: Mapping[str, gs.Tensor]
+) -> TensorAnnotation:
+    """Write a quantisation annotation with the names that its tensors have now."""
+    annotation = TensorAnnotation()
+    annotation.CopyFrom(original)
+    if original.tensor_name in tensors:
+        annotation.tensor_name = tensors[original.tensor_name].name
+    for entry in annotation.quant_parameter_tensor_names:
+        if entry.value in tensors:
+            entry.value = tensors[entry.value].name
+    return annotation
 
 
-def _equal(original: TensorProto, written: TensorProto) -> bool:
+def _named(tensor: TensorProto, name: str) -> TensorProto:
+    if tensor.name == name:
+        return tensor
+    renamed = TensorProto()
+    renamed.CopyFrom(tensor)
+    renamed.name = name
+    return renamed
+
+
+def _holds(original: TensorProto, values: npt.NDArray[Any], folder: str) -> bool:
     """Whether values that were read, and perhaps edited in place, are still the original's."""
-    if (original.data_type, list(original.dims)) != (written.data_type, list(written.dims)):
+    before = TensorValues(original, folder)
+    if (before.dtype, tuple(before.shape)) != (values.dtype, values.shape):
         return False
-    if original.data_location == TensorProto.EXTERNAL or original.name != written.name:
-        return False
-    return numpy_helper.to_array(original).tobytes() == numpy_helper.to_array(written).tobytes()
+    if values.dtype == np.object_:  # strings
+        return np.array_equal(before.load(), values)
+    return before.load().tobytes() == values.tobytes()  # NaN equals NaN, −0 differs from 0
 
 
 def _same(value: Any, before: Any) -> bool:
     return value is before or (type(value) is type(before) and bool(value == before))
-
-
-def _all_nodes(graph: gs.Graph) -> Iterator[gs.Node]:
-    for node in graph.nodes:
-        yield node
-        for subgraph in node.subgraphs():
-            yield from _all_nodes(subgraph)

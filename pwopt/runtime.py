@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import EncodeError
 
 from pwopt.errors import ModelError
 from pwopt.model import PROTOBUF_LIMIT, Model
@@ -70,12 +71,20 @@ def _load_proto(
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(model.path.resolve().parent)
         )
-    if proto.ByteSize() <= PROTOBUF_LIMIT:
+    if not _exceeds_protobuf(proto):
         return _load(proto.SerializeToString(), options, model.name)
     with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
         path = Path(folder) / "model.onnx"
         Model(proto, path=model.path).save(path)
         return _load(str(path), options, model.name)
+
+
+def _exceeds_protobuf(proto: onnx.ModelProto) -> bool:
+    try:
+        size: int = proto.ByteSize()
+    except EncodeError:  # it cannot even count so far
+        return True
+    return size > PROTOBUF_LIMIT
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """What goes into a model, and the shape of every tensor in it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,10 @@ SEQUENCE = 16
 """Elements assumed for any other axis that the model leaves open."""
 
 Shape = tuple[int | None, ...]
+
+# Strict inference may fail inside the body of a function operator, as of
+# MeanVarianceNormalization, which is no fault of the model's.
+_INSIDE_FUNCTION = re.compile(r"\(op_type:[^)]*\): \[ShapeInferenceError\] Inference error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,7 @@ def bind(
     assumed: dict[str, int] = {}
     for i in declared:
         if i.name in given:
-            symbols |= _match(model, i, tuple(given[i.name]))
+            _match(model, i, tuple(given[i.name]), symbols)
     bound = {}
     for i in declared:
         if i.name in given:
@@ -107,16 +112,21 @@ def infer(model: Model, binding: Binding) -> dict[str, Shape]:
         ModelError: the bound shapes do not go through the model.
     """
     proto = model.skeleton()
+    declared = {i.name: _shape(i) for i in (*proto.graph.value_info, *proto.graph.output)}
+    del proto.graph.value_info[:]
+    for info in proto.graph.output:
+        if info.type.HasField("tensor_type"):  # inference is told about inputs alone
+            info.type.tensor_type.ClearField("shape")
     for info in proto.graph.input:
         if info.name in binding.shapes:
             kind = info.type.tensor_type.elem_type
             info.type.CopyFrom(helper.make_tensor_type_proto(kind, binding.shapes[info.name]))
-    declared = {info.name: _shape(info) for info in proto.graph.value_info}
-    del proto.graph.value_info[:]
     try:
         inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
     except onnx.shape_inference.InferenceError as error:
-        raise ModelError(f"{model.name}: {_explain(error, binding)}") from error
+        if not _INSIDE_FUNCTION.search(str(error)):
+            raise ModelError(f"{model.name}: {_explain(error, binding)}") from error
+        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     graph = inferred.graph
     shapes = {i.name: _shape(i) for i in (*graph.input, *graph.output, *graph.value_info)}
     shapes |= {t.name: tuple(t.dims) for t in graph.initializer}
@@ -139,10 +149,10 @@ def _input(model: Model, info: onnx.ValueInfoProto) -> Input:
     return Input(info.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape)
 
 
-def _match(model: Model, declared: Input, shape: tuple[int, ...]) -> dict[str, int]:
-    """Check a given shape against the declared one; return the symbols it settles."""
+def _match(model: Model, declared: Input, shape: tuple[int, ...], symbols: dict[str, int]) -> None:
+    """Check a given shape against the declared one, and note in `symbols` what it settles."""
     fits = len(shape) == len(declared.shape) and all(
-        size > 0 and (not isinstance(own, int) or own == size)
+        size == own if isinstance(own, int) else size > 0
         for size, own in zip(shape, declared.shape, strict=True)
     )
     if not fits:
@@ -150,11 +160,12 @@ def _match(model: Model, declared: Input, shape: tuple[int, ...]) -> dict[str, i
             f"--shape: {model.name} wants {declared.name}={_text(declared.shape)}, "
             f"not {_text(shape)}"
         )
-    return {
-        own: size
-        for size, own in zip(shape, declared.shape, strict=True)
-        if isinstance(own, str)
-    }
+    for size, own in zip(shape, declared.shape, strict=True):
+        if isinstance(own, str) and symbols.setdefault(own, size) != size:
+            raise SpecError(
+                f"--shape: {declared.name}={_text(shape)} makes '{own}' {size}, "
+                f"but {model.name} has it elsewhere as {symbols[own]}"
+            )
 
 
 def _usual(model: Model, declared: Input, axis: int, batch: int) -> int:

@@ -9,12 +9,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pwopt.errors import SpecError
 from pwopt.rewriting import Pass, Pipeline
 
-_STEP = re.compile(r"\s*([\w-]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
+_STEP = re.compile(r"\s*([\w-]+)\s*(?:\{([^{}]*)\})?\s*(,|$)")
+
+_NUMBERS = {int: "a whole number", float: "a number"}
 
 
 def parse_pipeline(text: str, passes: Mapping[str, type[Pass]]) -> Pipeline:
@@ -23,20 +25,20 @@ def parse_pipeline(text: str, passes: Mapping[str, type[Pass]]) -> Pipeline:
     Raises:
         SpecError: bad syntax, an unknown pass or option, or a value the option cannot take.
     """
-    steps = []
-    position = 0
-    while position < len(text) or not steps:
+    steps: list[Pass] = []
+    position, more = 0, True
+    while more:
         match = _STEP.match(text, position)
         if match is None:
             raise SpecError(
                 f"pipeline '{text}': cannot read '{text[position:]}'; "
                 "write passes as in fold-affine,bottleneck{rank=64}"
             )
-        name, options = match.groups()
+        name, options, comma = match.groups()
         if name not in passes:
             raise SpecError(f"unknown pass '{name}'; there are {', '.join(sorted(passes))}")
         steps.append(build_pass(passes[name], _split_options(name, options or "")))
-        position = match.end()
+        position, more = match.end(), bool(comma)
     return Pipeline(tuple(steps))
 
 
@@ -66,12 +68,14 @@ def option_types(kind: type[Pass]) -> dict[str, Any]:
 
 
 def _split_options(name: str, text: str) -> dict[str, str]:
-    options = {}
-    for item in (item.strip() for item in text.split(",") if item.strip()):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise SpecError(f"{name}: option '{item}' has no value; write {item}=…")
-        options[key.strip()] = value.strip()
+    options: dict[str, str] = {}
+    for item in text.split(",") if text.strip() else ():
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not (key and equals and value):
+            raise SpecError(f"{name}: '{item.strip()}' is no option; write {name}{{name=value}}")
+        if key in options:
+            raise SpecError(f"{name}: option '{key}' is given twice")
+        options[key] = value
     return options
 
 
@@ -81,16 +85,18 @@ def _value(kind: type[Pass], name: str, text: str, wanted: Any) -> Any:
         if text in choices:
             return get_args(wanted)[choices.index(text)]
         raise SpecError(f"{kind.name}: {name} must be one of {', '.join(choices)}, not '{text}'")
-    if isinstance(wanted, UnionType):  # X | None
+    if get_origin(wanted) in (Union, UnionType):  # X | None
         if text.lower() == "none":
             return None
-        wanted = next(choice for choice in get_args(wanted) if choice is not type(None))
+        inner = next(choice for choice in get_args(wanted) if choice is not type(None))
+        return _value(kind, name, text, inner)
     if wanted is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
         raise SpecError(f"{kind.name}: {name} must be true or false, not '{text}'")
+    if wanted not in _NUMBERS:
+        return text
     try:
         return wanted(text)
     except ValueError:
-        article = {int: "a whole number", float: "a number"}.get(wanted, wanted.__name__)
-        raise SpecError(f"{kind.name}: {name} must be {article}, not '{text}'") from None
+        raise SpecError(f"{kind.name}: {name} must be {_NUMBERS[wanted]}, not '{text}'") from None

@@ -1,12 +1,17 @@
 """The command line: parse, call the library, print. One file per command, imported when called."""
 
 import importlib
+import os
 import sys
 from importlib.metadata import version
 
 import click
 
 from pwopt.errors import PwoptError
+
+# OpenBLAS's threads wait for one another in busy loops: on a machine that does other work as well,
+# two of them were measured 20 to 50 times slower than one. Read when numpy is first imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 COMMANDS = ("analyze", "rewrite", "check", "passes", "demo")
 

@@ -13,13 +13,14 @@ Tucker-2); Vannieuwenhoven et al. 2012 (sequential truncation).
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pwopt.cost import Sides
+
 Array = npt.NDArray[Any]
-Sides = Literal["input", "output", "both"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,7 @@ class Factors:
 class Splitter:
     """Splits one weight of shape (Cout, Cin, *kernel), and tells what each split would keep.
 
-    Decompositions are made when first needed and kept, so that asking for several ranks and sides
-    and then splitting costs one eigendecomposition a side.
+    Decompositions that serve several splits are made when first needed, and kept.
 
     Raises:
         ValueError: the weight holds NaN or infinite values.
@@ -57,12 +57,12 @@ class Splitter:
 
         By Eckart-Young, for one side, the share of the `rank` largest eigenvalues.
         """
-        if sides == "input":
-            return self._input.share(rank)
         if sides == "output":
-            return self._output.share(rank)
-        projected = _eigen(_unfold_output(self._projected(rank)))
-        return self._input.share(rank) * projected.share(rank)
+            return _share(self._output_energies, rank)
+        kept = _share(self._input.eigenvalues, rank)
+        if sides == "input":
+            return kept
+        return kept * _share(np.linalg.eigvalsh(_gram(self._projected(rank))), rank)
 
     def split(self, sides: Sides, rank: int) -> Factors:
         """Split the weight, minimising ‖W − Ŵ‖²; the factors have the weight's own type.
@@ -79,68 +79,48 @@ class Splitter:
         if not 0 < rank < limit:
             raise ValueError(f"rank {rank} is not between 1 and {limit - 1}")
         ones = [1] * len(kernel)
-        core, output = self._weight, None
+        core = self._weight
         reduce = expand = None
         if sides != "output":
             core = self._projected(rank)
-            basis = self._input.leading(rank)
+            basis = _leading(self._input.eigenvectors, rank)
             reduce = basis.T.reshape(rank, in_channels, *ones).astype(self._dtype)
         if sides != "input":
-            output = self._output if sides == "output" else _eigen(_unfold_output(core))
-            basis = output.leading(rank)
+            basis = _leading(np.linalg.eigh(_gram(core)).eigenvectors, rank)
             core = np.tensordot(basis.T, core, axes=1)
             expand = basis.reshape(out_channels, rank, *ones).astype(self._dtype)
         return Factors(core.astype(self._dtype), reduce, expand)
 
+    @cached_property
+    def _input(self) -> Any:
+        """Eigenvalues and eigenvectors of the input side; both serve several splits."""
+        return np.linalg.eigh(_gram(np.moveaxis(self._weight, 1, 0)))
+
+    @cached_property
+    def _output_energies(self) -> Array:
+        return np.linalg.eigvalsh(_gram(self._weight))
+
     def _projected(self, rank: int) -> Array:
         """Return W_t·P for every tap, P the leading basis of the input side: (Cout, r, *kernel)."""
-        projected = np.tensordot(self._weight, self._input.leading(rank), axes=(1, 0))
+        basis = _leading(self._input.eigenvectors, rank)
+        projected = np.tensordot(self._weight, basis, axes=(1, 0))
         return np.ascontiguousarray(np.moveaxis(projected, -1, 1))
 
-    @cached_property
-    def _input(self) -> "_Eigen":
-        swapped = np.moveaxis(self._weight, 1, 0)
-        return _eigen(swapped.reshape(len(swapped), -1))
 
-    @cached_property
-    def _output(self) -> "_Eigen":
-        return _eigen(_unfold_output(self._weight))
+def _gram(weight: Array) -> Array:
+    """Return the inner products of the rows of the unfolding along the first axis."""
+    unfolding = weight.reshape(len(weight), -1)
+    gram: Array = unfolding @ unfolding.T
+    return gram
 
 
-class _Eigen(NamedTuple):
-    """The eigendecomposition of an unfolding's Gram matrix, eigenvalues rising."""
-
-    values: Array
-    vectors: Array
-
-    def share(self, rank: int) -> float:
-        """Return the share of the `rank` largest eigenvalues in their sum."""
-        total = float(self.values.sum())
-        return float(self.values[-rank:].sum()) / total if total > 0 else 1.0
-
-    def leading(self, rank: int) -> Array:
-        """Return the eigenvectors of the `rank` largest eigenvalues as columns, largest first."""
-        return self.vectors[:, : -rank - 1 : -1]
+def _share(energies: Array, rank: int) -> float:
+    """Return the share of the `rank` largest of the rising `energies` in their sum."""
+    energies = np.clip(energies.astype(np.float64), 0.0, None)  # rounding leaves tiny negatives
+    total = float(energies.sum())
+    return float(energies[-rank:].sum()) / total if total > 0 else 1.0
 
 
-def _eigen(unfolding: Array) -> _Eigen:
-    values, vectors = np.linalg.eigh(unfolding @ unfolding.T)
-    return _Eigen(np.clip(values.astype(np.float64), 0.0, None), vectors)
-
-
-def _unfold_output(weight: Array) -> Array:
-    return weight.reshape(len(weight), -1)
-
-
-def input_gram(weight: Array) -> Array:
-    w = np.moveaxis(weight, 1, 0)
-    w = w.reshape(len(w), -1)
-    return w @ w.T
-def output_gram(weight: Array) -> Array:
-    w = weight.reshape(len(weight), -1)
-    return w @ w.T
-def kept_energy(gram: Array, rank: int) -> float:
-    e = np.clip(np.linalg.eigvalsh(gram), 0, None)
-    return float(e[-rank:].sum() / e.sum())
-def both_kept_energy(weight: Array, rank_in: int, rank_out: int) -> float:
-    return Splitter(weight).kept_energy("both", rank_in)
+def _leading(vectors: Array, rank: int) -> Array:
+    """Return the columns that belong to the `rank` largest eigenvalues, largest first."""
+    return vectors[:, : -rank - 1 : -1]

@@ -10,7 +10,7 @@ import pytest
 from pwopt.models import BUILDERS, DEMO_CALIBRATION, DEMO_EVALUATION, DEMO_MODEL
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model() -> onnx.ModelProto:
     return onnx.load(DEMO_MODEL)
 

@@ -1,6 +1,7 @@
 """Original against rewritten, on the same inputs: numbers, accuracy, latency, size."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log10, prod, sqrt
@@ -17,7 +18,6 @@ from pwopt.cost import tensor_bytes
 from pwopt.data import Batch, RandomData, Samples, Source, fixed_batch, open_data, random_data
 from pwopt.errors import DataError, ModelError, SpecError
 from pwopt.model import Model
-from pwopt.shapes import bind
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int | None], None]
@@ -113,7 +113,14 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What both models were run on. Random inputs check numbers, not accuracy."""
+    """What both models were run on.
+
+    Attributes:
+        source: The file, folder or callable; ``random inputs``.
+        samples: How many.
+        random: Whether they are random: they check numbers, not accuracy.
+        assumed: What was assumed for the axes that the model leaves open, empty if nothing.
+    """
 
     source: str
     samples: int
@@ -196,41 +203,43 @@ def check(
     report = progress or (lambda *_: None)
 
     result = _evaluate(before, after, samples, report)
-    report("latency", 0, None)
-    sessions = _sessions(before, after, threads)
-    feeds = samples.resize(result.first.feeds, size or samples.rows(result.first.feeds))
-    timing = runtime.interleave(sessions, feeds)
-    speedup = timing.speedup(0, 1, seed=seed)
-
-    random = isinstance(samples, RandomData)
     equivalence = result.equivalence()
     accuracy = result.accuracy(seed)
-    agreement = None if random else result.agreement()
-    reasons = (
-        *_broken(equivalence, before, after),
-        *_dropped(max_drop, accuracy, agreement),
-        *_too_slow(min_speedup, speedup.ratio),
-    )
+    agreement = None if isinstance(samples, RandomData) else result.agreement()
+    reasons = [*_broken(equivalence, before, after), *_dropped(max_drop, accuracy, agreement)]
+
+    report("latency", 0, None)
+    if size is None:
+        size = samples.rows(result.first.feeds) if isinstance(samples, RandomData) else 1
+    latency = _latency(before, after, samples.resize(result.first.feeds, size), size, threads, seed)
+    reasons += _too_slow(min_speedup, latency.speedup)
     return Verdict(
         original=before.name,
         rewritten=after.name,
-        data=Inputs(
-            samples.name,
-            result.samples,
-            random,
-            bind(before.model, shapes).describe() if random else "",
-        ),
+        data=Inputs(samples.name, result.samples, isinstance(samples, RandomData), samples.assumed),
         equivalence=equivalence,
         accuracy=accuracy,
         agreement=agreement,
-        latency=Latency(
-            threads, samples.rows(feeds), *timing.median_ms, speedup.ratio, speedup.ci95
-        ),
+        latency=latency,
         size=Size(before.bytes(), after.bytes()),
         cost=None,
         passed=not reasons,
-        reasons=reasons,
+        reasons=tuple(reasons),
     )
+
+
+def _latency(
+    before: "_Side",
+    after: "_Side",
+    feeds: Mapping[str, Array],
+    batch: int,
+    threads: int,
+    seed: int,
+) -> Latency:
+    timing = runtime.interleave(_sessions(before, after, threads), feeds)
+    original_ms, rewritten_ms = timing.median_ms
+    speedup = timing.speedup(0, 1, seed=seed)
+    return Latency(threads, batch, original_ms, rewritten_ms, speedup.ratio, speedup.ci95)
 
 
 def _broken(equivalence: Equivalence, before: "_Side", after: "_Side") -> list[str]:
@@ -449,8 +458,8 @@ def compare_hits(
     return Accuracy(
         metric=metric,
         samples=samples,
-        original=100 * float(original.mean()),
-        rewritten=100 * float(rewritten.mean()),
+        original=100 * int(original.sum()) / samples,
+        rewritten=100 * int(rewritten.sum()) / samples,
         drop_points=100 * (lost - gained) / samples,
         drop_ci95=(float(low), float(high)),
         top5=top5,
@@ -459,7 +468,7 @@ def compare_hits(
 
 def _evaluate(before: _Side, after: _Side, data: Samples, progress: Progress) -> _Evaluation:
     """Run both on all samples."""
-    sessions = _sessions(before, after, len(os.sched_getaffinity(0)))
+    sessions = _sessions(before, after, _cores())
     result: _Evaluation | None = None
     scores = None
     for batch in data:
@@ -488,6 +497,13 @@ def _evaluate(before: _Side, after: _Side, data: Samples, progress: Progress) ->
         progress("samples", result.samples, data.count)
     assert result is not None  # sources without samples raise
     return result
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _outputs(
@@ -528,9 +544,9 @@ def _count(result: _Evaluation, before: Array, after: Array, batch: Batch, data:
         return
     classes = before.shape[1]
     if batch.labels.min() < 0 or batch.labels.max() >= classes:
-        wrong = batch.labels.min() if batch.labels.min() < 0 else batch.labels.max()
         raise DataError(
-            f"{data.name}: label {wrong} is none of the model's {classes} classes (0..{classes - 1})"
+            f"{data.name}: labels {batch.labels.min()}..{batch.labels.max()}, but the model's "
+            f"classes are 0..{classes - 1}"
         )
     right = np.stack([before, after]) == batch.labels[:, None]
     for k in (1, 5) if classes >= TOP5_CLASSES else (1,):

@@ -1,0 +1,35 @@
+"""Options that several commands share."""
+
+import click
+
+
+class ShapeParam(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
+    """``NAME=1,3,224,224`` → (name, sizes). Names may hold ``=``; sizes are positive."""
+
+    name = "NAME=1,3,224,224"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, tuple[int, ...]]:
+        """Parse the text, or fail as wrong usage."""
+        if isinstance(value, tuple):  # click converts defaults twice
+            return value
+        name, _, sizes = str(value).rpartition("=")
+        try:
+            shape = tuple(int(size) for size in sizes.split(","))
+        except ValueError:
+            shape = ()
+        if not name or not shape or min(shape) < 1:
+            self.fail(f"'{value}' is not of the form NAME=1,3,224,224", param, ctx)
+        return name, shape
+
+
+shape_option = click.option(
+    "--shape",
+    "shapes",
+    type=ShapeParam(),
+    multiple=True,
+    callback=lambda _context, _option, pairs: dict(pairs),
+    help="Shape of an input whose axes the model leaves open; may be repeated.",
+)
+"""``--shape``, which may be repeated, as ``shapes: dict[str, tuple[int, ...]]``."""

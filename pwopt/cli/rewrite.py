@@ -1,0 +1,62 @@
+"""``pwopt rewrite``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pwopt.cli.options import shape_option
+
+if TYPE_CHECKING:
+    from pwopt.analysis import Choice
+
+SIDES: tuple["Choice", ...] = ("auto", "input", "output", "both")
+
+
+@click.command(name="rewrite")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.pwopt.onnx.")
+@click.option(
+    "--bottleneck",
+    type=click.IntRange(min=1),
+    metavar="R",
+    help="Fold affine operators, then split wide k×k convolutions at rank R.",
+)
+@click.option(
+    "--sides",
+    type=click.Choice(SIDES),
+    default="auto",
+    show_default=True,
+    help="Where the 1×1 goes; auto takes, per layer, what loses least for the MACs it saves.",
+)
+@click.option("--pipeline", metavar="SPEC", help="Passes to run instead; see pwopt passes.")
+@shape_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    model: Path,
+    output: Path | None,
+    bottleneck: int | None,
+    sides: "Choice",
+    pipeline: str | None,
+    shapes: dict[str, tuple[int, ...]],
+    as_json: bool,
+) -> None:
+    """Put 1×1 bottlenecks into MODEL and write the result.
+
+    Example: pwopt rewrite model.onnx --bottleneck 64
+    """
+    if (bottleneck is None) == (pipeline is None):
+        raise click.UsageError("Give either --bottleneck R or --pipeline SPEC.")
+
+    from pwopt.report import rewriting as report
+    from pwopt.workflow import rewrite
+
+    result = rewrite(
+        model, bottleneck=bottleneck, sides=sides, pipeline=pipeline, shapes=shapes
+    )
+    target = output or model.with_suffix(".pwopt.onnx")
+    result.model.save(target)
+    if as_json:
+        click.echo(report.to_json(result, target))
+    else:
+        report.print_table(result, model, target)

@@ -1,0 +1,223 @@
+"""An Analysis as a console table, JSON or CSV."""
+
+import csv
+import io
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from statistics import median_high
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pwopt.analysis import Analysis, Candidate, Layer
+
+_PLAIN_WIDTH = 120  # where there is no terminal whose width would tell
+_NAME_WIDTHS = (16, 32)  # of the layer column: at least, at most
+_OTHER_COLUMNS = 86  # what the others want, so that nothing wraps
+_ALIKE = 3  # layers left alone for one reason are listed one by one up to this many
+
+
+def text(analysis: Analysis, style: str) -> str:
+    """Render as ``table``, ``json`` or ``csv``, without colour."""
+    if style == "json":
+        return json.dumps(to_dict(analysis), indent=2, ensure_ascii=False) + "\n"
+    if style == "csv":
+        return _csv(analysis)
+    console = Console(file=io.StringIO(), width=_PLAIN_WIDTH, color_system=None)
+    with console.capture() as capture:
+        console.print(_renderable(analysis, _PLAIN_WIDTH))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def show(analysis: Analysis) -> None:
+    """Print the table on stdout: in colour on a terminal, plain where it is piped."""
+    console = Console()
+    if console.is_terminal:
+        console.print(_renderable(analysis, console.width))
+    else:
+        console.file.write(text(analysis, "table"))
+
+
+def to_dict(analysis: Analysis) -> dict[str, Any]:
+    """Return what ``--json`` prints."""
+    return {"schema": 1, **asdict(analysis)}
+
+
+def next_step(analysis: Analysis, path: str) -> str:
+    """Say what the user may do now: one line."""
+    ranks = [layer.candidate.rank for layer in analysis.layers if layer.candidate]
+    if not ranks:
+        return "Nothing here gets cheaper with a 1×1 bottleneck."
+    rank = analysis.bottleneck or median_high(ranks)
+    return f"Next: pwopt rewrite {shlex.quote(path)} --bottleneck {rank}"
+
+
+# -- table ------------------------------------------------------------------------------------
+
+
+def _renderable(analysis: Analysis, width: int) -> RenderableType:
+    least, most = _NAME_WIDTHS
+    name_width = min(max(least, width - _OTHER_COLUMNS), most)
+    table = _table(analysis, name_width)
+    return Group(Text(_headline(analysis)), table, Text(_summary(analysis)))
+
+
+def _headline(analysis: Analysis) -> str:
+    totals = analysis.totals
+    inputs = ", ".join(f"{name} {_times(shape)}" for name, shape in analysis.inputs.items())
+    lines = [
+        f"{analysis.model}: {totals.params:,} parameters ({totals.weight_bytes / 1e6:.1f} MB), "
+        f"{totals.macs:,} MACs",
+        f"for {inputs or 'no input'}",
+    ]
+    if analysis.assumed:
+        assumed = ", ".join(f"{symbol}={size}" for symbol, size in analysis.assumed.items())
+        lines[-1] += f" (assumed: {assumed}; --shape sets another)"
+    if analysis.run_ms is not None:
+        lines.append(f"one run takes {analysis.run_ms:.2f} ms")
+    return "\n".join(lines)
+
+
+def _table(analysis: Analysis, name_width: int) -> Table:
+    measured = analysis.run_ms is not None
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("channels", justify="right", no_wrap=True)
+    table.add_column("output", justify="right", no_wrap=True)
+    for name in ("params", "MACs", "share", *(["ms"] if measured else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("split, or why not")
+    for layers in _rows(analysis.layers):
+        row = [*_geometry(layers, name_width), *_amounts(layers, measured), _verdict(layers[0])]
+        table.add_row(*map(Text, row), style=None if layers[0].candidate else "dim")
+    return table
+
+
+def _rows(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
+    """Yield the layers of each row: one, or all that are left alone for the same reason."""
+    reasons: dict[str | None, list[Layer]] = {layer.why_not: [] for layer in layers}
+    for layer in layers:
+        reasons[layer.why_not].append(layer)
+    for reason, alike in reasons.items():
+        if reason is None or len(alike) <= _ALIKE:
+            yield from ([layer] for layer in alike)
+        else:
+            yield alike
+
+
+def _geometry(layers: Sequence[Layer], name_width: int) -> list[str]:
+    first = layers[0]
+    if len(layers) > 1:
+        more = f" + {len(layers) - 1} more"
+        return [_short(first.name, name_width - len(more)) + more, "", "", ""]
+    kernel = first.op if first.kernel is None else _times(first.kernel)
+    if first.stride is not None and any(step > 1 for step in first.stride):
+        steps = sorted(set(first.stride))
+        kernel += f" /{steps[0] if len(steps) == 1 else _times(first.stride)}"
+    size = first.output_shape[2:] if first.kernel is not None and first.output_shape else ()
+    return [
+        _short(first.name, name_width),
+        kernel,
+        f"{_known(first.in_channels)} → {_known(first.out_channels)}",
+        _times(size),
+    ]
+
+
+def _amounts(layers: Sequence[Layer], measured: bool) -> list[str]:
+    macs = _total([layer.macs for layer in layers])
+    share = _total([layer.mac_share for layer in layers])
+    time = _total([layer.time_ms for layer in layers])
+    amounts = [
+        _scaled(sum(layer.params for layer in layers)),
+        "?" if macs is None else _scaled(macs),
+        "?" if share is None else f"{share:.1%}",
+    ]
+    return [*amounts, "" if time is None else f"{time:.3f}"] if measured else amounts
+
+
+def _verdict(layer: Layer) -> str:
+    found = layer.candidate
+    if found is None:
+        return layer.why_not or ""
+    speedup = f"{found.predicted_speedup:.1f}×"
+    return f"{found.sides} {found.rank}: {speedup}, keeps {found.kept_energy:.0%}"
+
+
+def _summary(analysis: Analysis) -> str:
+    lines = []
+    found = [layer for layer in analysis.layers if layer.candidate]
+    if found:
+        before = analysis.totals.macs
+        after = before - sum(layer.saved_macs for layer in found)
+        which = "the one candidate" if len(found) == 1 else f"all {len(found)} candidates"
+        lines.append(f"Splitting {which} would leave {_scaled(after)} of {_scaled(before)} MACs.")
+        if analysis.run_ms is not None:
+            saved = sum(layer.saved_ms for layer in found)
+            lines[-1] += f" It should save {saved:.2f} of {analysis.run_ms:.2f} ms."
+    if any(layer.macs is None for layer in analysis.layers):
+        lines.append("Where a shape is not known, MACs are not counted ('?').")
+    if analysis.uncounted:
+        lines.append(
+            f"{analysis.uncounted} layers inside subgraphs and local functions are not counted."
+        )
+    return "\n".join(lines)
+
+
+def _total(amounts: Sequence[float | None]) -> float | None:
+    known = [amount for amount in amounts if amount is not None]
+    return sum(known) if known else None
+
+
+def _scaled(amount: float) -> str:
+    """Three digits and a unit: 12.3 M."""
+    for factor, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if amount >= factor:
+            scaled = amount / factor
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}{unit}"
+    return f"{amount:.0f}"
+
+
+def _short(name: str, width: int) -> str:
+    """Keep the end of a long name, where names differ."""
+    return name if len(name) <= width else "…" + name[1 - width :]
+
+
+def _known(size: int | None) -> str:
+    return "?" if size is None else str(size)
+
+
+def _times(sizes: Sequence[int | None]) -> str:
+    return "×".join(map(_known, sizes))
+
+
+# -- CSV --------------------------------------------------------------------------------------
+
+
+def _csv(analysis: Analysis) -> str:
+    """One row a layer; the fields of its candidate in columns of their own, sizes as 1x3x32x32."""
+    buffer = io.StringIO()
+    rows = [_flat(layer) for layer in analysis.layers]
+    writer = csv.DictWriter(buffer, _columns(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _columns() -> list[str]:
+    own = [field.name for field in fields(Layer) if field.name not in ("candidate", "why_not")]
+    return [*own, *(f"candidate_{field.name}" for field in fields(Candidate)), "why_not"]
+
+
+def _flat(layer: Layer) -> dict[str, Any]:
+    row = asdict(layer)
+    split = row.pop("candidate") or {}
+    row |= {f"candidate_{key}": value for key, value in split.items()}
+    return {
+        key: "x".join(map(_known, value)) if isinstance(value, tuple) else value
+        for key, value in row.items()
+    }

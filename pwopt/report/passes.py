@@ -1,0 +1,73 @@
+"""The list of passes, and the help of one: as tables or JSON."""
+
+import inspect
+import json
+import sys
+from dataclasses import MISSING, fields
+from typing import Any, Literal, get_args, get_origin
+
+from rich.console import Console
+from rich.table import Table
+
+from pwopt.rewriting import Pass
+from pwopt.spec import option_types
+
+
+def to_json(passes: list[type[Pass]]) -> str:
+    """Write the passes with their options as one JSON object."""
+    described = [
+        {
+            "name": kind.name,
+            "exact": kind.exact,
+            "help": inspect.getdoc(kind),
+            "options": [
+                {"name": name, "type": _type(wanted), "default": _default(kind, name)}
+                for name, wanted in option_types(kind).items()
+            ],
+        }
+        for kind in passes
+    ]
+    return json.dumps({"schema": 1, "passes": described}, indent=2, ensure_ascii=False)
+
+
+def print_table(passes: list[type[Pass]]) -> None:
+    """Print one line per pass."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("pass", "exact", "what it does", "options"):
+        table.add_column(column, no_wrap=column in ("pass", "exact"))
+    for kind in passes:
+        summary = (inspect.getdoc(kind) or "").splitlines()[0]
+        table.add_row(kind.name, "yes" if kind.exact else "no", summary, ", ".join(_options(kind)))
+    Console(highlight=False, markup=False, emoji=False).print(table)
+
+
+def print_help(kind: type[Pass]) -> None:
+    """Print a pass's help and options, and the full story that its module tells."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(f"{kind.name} ({'exact' if kind.exact else 'changes the numbers'})\n")
+    console.print(inspect.getdoc(kind) or "")
+    options = _options(kind)
+    console.print(f"\nIn a pipeline: {kind.name}" + (f"{{{','.join(options)}}}" if options else ""))
+    story = inspect.getdoc(sys.modules[kind.__module__])
+    if story:
+        console.print(f"\n{story}")
+
+
+def _options(kind: type[Pass]) -> list[str]:
+    """Write each option as a pipeline does, with its default or its type."""
+    written = []
+    for name, wanted in option_types(kind).items():
+        default = _default(kind, name)
+        written.append(f"{name}={_type(wanted).upper() if default is None else default}")
+    return written
+
+
+def _default(kind: type[Pass], name: str) -> Any:
+    default = next(option.default for option in fields(kind) if option.name == name)
+    return None if default is MISSING else default
+
+
+def _type(wanted: Any) -> str:
+    if get_origin(wanted) is Literal:
+        return "|".join(str(choice) for choice in get_args(wanted))
+    return getattr(wanted, "__name__", str(wanted))
