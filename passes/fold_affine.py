@@ -6,8 +6,8 @@ Before → after, with a scale s and a shift t per output channel::
     x → Gemm(W, b) → BatchNormalization | Mul | Add → y      ⇒      x → Gemm(W', b') → y
 
 Maths: s·(W*x + b) + t = (s·W)*x + (s·b + t). For BatchNormalization s = scale/√(var + ε) and
-t = bias − s·mean; for Mul t = 0, for Add s = 1. Computed in float64, rounded once to the weight's
-type.
+t = bias − s·mean; for Mul t = 0, for Add s = 1. Computed in float64; each fold rounds once to the
+weight's type.
 
 Conditions: the Conv or Gemm has constant weight and bias, and nobody else sees its output; the
 other operand is constant and varies along the channels only; BatchNormalization is in inference
@@ -66,8 +66,7 @@ class _Affine(NamedTuple):
 
 def _layer_output(node: gs.Node) -> gs.Tensor | None:
     """Return the operand of `node` that a Conv or Gemm writes; None if there is none."""
-    operands = node.inputs[:1] if node.op == "BatchNormalization" else node.inputs[:2]
-    for tensor in operands:
+    for tensor in node.inputs:
         layer = producer(tensor)
         if layer is not None and is_op(layer, "Conv", "Gemm"):
             return tensor

@@ -21,10 +21,10 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         PwoptError: the folder is missing or cannot be written, or the disk is full.
     """
     target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise PwoptError(f"{path}: is a folder; name a file to write")
     temporary = target.with_name(f".pwopt.{secrets.token_hex(8)}")
     try:
+        if target.is_dir():
+            raise PwoptError(f"{path}: is a folder; name a file to write")
         with temporary.open("xb") as file:  # permissions as the umask says
             if target.exists():
                 temporary.chmod(target.stat().st_mode & 0o777)

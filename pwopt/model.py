@@ -33,6 +33,9 @@ PROTOBUF_LIMIT = 2**31 - 1
 _ALIGNMENT = 4096
 """Offsets of external tensors are multiples of this, so that runtimes can map them (ONNX IR)."""
 
+_INSIDE = 1024
+"""Bytes up to which a tensor stays in the model file, as with `onnx.save`."""
+
 _STORAGE = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 
 
@@ -59,10 +62,11 @@ class Model:
         """
         path = Path(path)
         proto = _parse(path)
-        _check(proto, str(path), advice="; export it again")
         for tensor in _external_tensors(proto):
             _check_external(tensor, path)
-        return cls(proto, path=path)
+        model = cls(proto, path=path)
+        _check(model.skeleton(), str(path), advice="; export it again")
+        return model
 
     @property
     def name(self) -> str:
@@ -72,7 +76,7 @@ class Model:
     @functools.cached_property
     def _round_trip(self) -> RoundTrip:
         try:
-            return RoundTrip(self.proto, folder=self.folder)
+            return RoundTrip(self.proto, folder=self.folder, name=self.name)
         except ModelError as error:
             raise ModelError(f"{self.name}: {error}") from error
 
@@ -94,7 +98,7 @@ class Model:
         proto = self._write(weights=True)
         if proto.graph.value_info:
             now = self.skeleton()
-            if now != skeleton(self.proto):
+            if now != _skeleton(self.proto, self.folder):
                 _drop_untrue_value_info(proto.graph, now)
         return proto
 
@@ -107,10 +111,11 @@ class Model:
     def skeleton(self) -> ModelProto:
         """The model as it is now without its large weights, which become inputs.
 
-        Enough to check it and to infer shapes; costs no copy of the weights.
+        Enough to check it and to infer shapes: small tensors stay, since shapes may be computed
+        from them. Costs no copy of the weights, those in subgraphs left aside.
         """
         edited = "_round_trip" in self.__dict__
-        return skeleton(self._write(weights=False) if edited else self.proto)
+        return _skeleton(self._write(weights=False) if edited else self.proto, self.folder)
 
     def metadata(self) -> dict[str, str]:
         """Return the entries of the model's metadata (`metadata_props`)."""
@@ -149,7 +154,7 @@ class Model:
         """
         path = Path(path)
         proto = self.to_proto()
-        _check(proto, self.name)
+        self.check()
         with ExitStack() as undo:
             if self._has_external_data or proto.ByteSize() > PROTOBUF_LIMIT:
                 _write_external(proto, self.folder, path, undo)
@@ -179,11 +184,7 @@ class Model:
         return bool(_external_tensors(self.proto))
 
 
-def skeleton(proto: ModelProto) -> ModelProto:
-    """Copy a model without its large weights, which become inputs: enough to check and infer.
-
-    Small tensors stay, since shapes may be computed from them. Costs no copy of the weights.
-    """
+def _skeleton(proto: ModelProto, folder: str) -> ModelProto:
     result = ModelProto()
     _copy_fields(proto, result, without={"graph"})
     graph = result.graph
@@ -191,7 +192,7 @@ def skeleton(proto: ModelProto) -> ModelProto:
     listed = {info.name for info in graph.input}
     for tensor in proto.graph.initializer:
         if not _is_large(tensor):
-            graph.initializer.append(tensor)
+            graph.initializer.append(with_data(tensor, folder))
         elif tensor.name not in listed:
             graph.input.append(_describe(tensor, tensor.name))
     for node in proto.graph.node:
@@ -200,6 +201,8 @@ def skeleton(proto: ModelProto) -> ModelProto:
             graph.input.append(_describe(value, node.output[0]))
         else:
             graph.node.append(node)
+    for tensor in _node_tensors(graph.node):
+        tensor.CopyFrom(with_data(tensor, folder))
     return result
 
 
@@ -213,9 +216,7 @@ def _is_plain_constant(node: NodeProto) -> bool:
 
 
 def _is_large(tensor: TensorProto) -> bool:
-    if tensor.data_location == TensorProto.EXTERNAL:
-        return True
-    return math.prod(tensor.dims) * 4 > SMALL
+    return math.prod(tensor.dims) > SMALL
 
 
 def _describe(tensor: TensorProto, name: str) -> onnx.ValueInfoProto:
@@ -266,9 +267,9 @@ def _agree(one: onnx.TypeProto.Tensor, other: onnx.TypeProto.Tensor) -> bool:
 
 
 def _parse(path: Path) -> ModelProto:
-    if path.is_dir():
-        raise ModelError(f"{path}: is a folder; give the .onnx file inside it")
     try:
+        if path.is_dir():
+            raise ModelError(f"{path}: is a folder; give the .onnx file inside it")
         if path.stat().st_size > PROTOBUF_LIMIT:
             raise ModelError(f"{path}: is larger than 2 GB; export it with external data")
         data = path.read_bytes()
@@ -290,16 +291,16 @@ def _parse(path: Path) -> ModelProto:
     return proto
 
 
-def _check(proto: ModelProto, name: str, *, advice: str = "") -> None:
+def _check(bare: ModelProto, name: str, *, advice: str = "") -> None:
     newest = onnx.defs.onnx_opset_version()
-    for opset in proto.opset_import:
+    for opset in bare.opset_import:
         if opset.domain in ("", "ai.onnx") and opset.version > newest:
             raise ModelError(
                 f"{name}: uses opset {opset.version}, but the installed onnx knows up to {newest}; "
                 "upgrade onnx, or export the model at an older opset"
             )
     try:
-        onnx.checker.check_model(skeleton(proto))
+        onnx.checker.check_model(bare)
     except (onnx.checker.ValidationError, ValueError) as error:
         raise ModelError(
             f"{name}: is not a valid ONNX model ({_one_line(error)}){advice}"
@@ -366,10 +367,14 @@ def _check_external(tensor: TensorProto, model: Path) -> None:
 
 def _stored_bytes(tensor: TensorProto) -> int:
     """How many bytes of data `tensor` has; types below one byte are packed (ONNX IR)."""
+    try:
+        itemsize = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    except KeyError:
+        return 0  # no such type; the checker says so
     name = TensorProto.DataType.Name(tensor.data_type)
     bits = next((n for n in (2, 4, 6) if re.match(rf"U?(INT|FLOAT){n}(E|$)", name)), None)
     if bits is None:
-        bits = 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        bits = 8 * itemsize
     return -(-math.prod(tensor.dims) * bits // 8)
 
 
@@ -386,7 +391,7 @@ def _write_external(proto: ModelProto, folder: str, path: Path, undo: ExitStack)
         for tensor in (*_external_tensors(proto), *inside):
             loaded = with_data(tensor, folder)
             data = _raw_data(loaded)
-            if len(data) <= SMALL:
+            if len(data) <= _INSIDE:
                 tensor.CopyFrom(loaded)
                 continue
             padded = b"\0" * (-file.tell() % _ALIGNMENT) + data

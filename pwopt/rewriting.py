@@ -78,7 +78,7 @@ class Pass(ABC):
     def __str__(self) -> str:
         """Write the pass as a pipeline does: its name, and the options that are not default."""
         options = [
-            f"{option.name}={_text(getattr(self, option.name))}"
+            f"{option.name}={value_text(getattr(self, option.name))}"
             for option in fields(self)
             if getattr(self, option.name) != option.default
         ]
@@ -130,7 +130,8 @@ class Pipeline:
         return ",".join(str(step) for step in self.passes)
 
 
-def _text(value: object) -> str:
+def value_text(value: object) -> str:
+    """Write an option's value as pipelines do."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -34,8 +34,8 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from pwopt.errors import ModelError
 
-SMALL = 1024
-"""Bytes up to which a tensor is worth keeping where only shapes matter (axes, target shapes)."""
+SMALL = 256
+"""Elements up to which a tensor is worth keeping where only shapes matter (axes, target shapes)."""
 
 _Scope = MutableMapping[str, gs.Tensor]
 _WRITTEN_ANEW = {"node", "initializer", "input", "output", "value_info", "quantization_annotation"}
@@ -44,12 +44,13 @@ _WRITTEN_ANEW = {"node", "initializer", "input", "output", "value_info", "quanti
 class TensorValues(LazyValues):  # type: ignore[misc]
     """The values of a TensorProto, decoded when asked for: every ONNX type, external data too."""
 
-    def __init__(self, tensor: TensorProto, folder: str) -> None:
+    def __init__(self, tensor: TensorProto, folder: str, model: str) -> None:
         self.tensor = tensor
         self.folder = folder
+        self.model = model
         self.shape = list(tensor.dims)
         self.dtype = _dtype(tensor.data_type)
-        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
+        self.nbytes = math.prod(self.shape) * self.dtype.itemsize  # asked for by GraphSurgeon
 
     def load(self) -> npt.NDArray[Any]:
         """Decode the values. Types that numpy lacks come as ml_dtypes has them.
@@ -61,7 +62,9 @@ class TensorValues(LazyValues):  # type: ignore[misc]
         try:
             return np.array(numpy_helper.to_array(tensor))
         except (ValueError, TypeError) as error:
-            raise ModelError(f"weight '{tensor.name}' is damaged: {error}") from error
+            raise ModelError(
+                f"{self.model}: weight '{tensor.name}' is damaged, export it again ({error})"
+            ) from error
 
 
 def with_data(tensor: TensorProto, folder: str) -> TensorProto:
@@ -116,8 +119,9 @@ class _GraphOrigin:
 class RoundTrip:
     """One model's GraphProto as a gs.Graph to edit (`graph`), and the way back (`write`)."""
 
-    def __init__(self, proto: ModelProto, *, folder: str = "") -> None:
+    def __init__(self, proto: ModelProto, *, folder: str, name: str) -> None:
         self.folder = folder
+        self._name = name
         self._imports = list(proto.opset_import)
         # Before IR 4 every initialiser is listed as an input as well and is constant all the
         # same; from IR 4 on, a listed one may be overridden by the caller (ONNX IR.md).
@@ -136,7 +140,7 @@ class RoundTrip:
         """Write the edited graph into the empty message `target`.
 
         Equal, field by field, to the one read if nothing was edited. Without `weights`, large
-        tensors are written as external ones that lie nowhere: name, type and shape.
+        tensors of the outer graph are external ones that lie nowhere: name, type and shape.
         """
         _Writer(self, _used(self.graph), weights).write_graph(self.graph, target, set())
 
@@ -149,10 +153,12 @@ class RoundTrip:
             for tensor in proto.initializer
             if tensor.name not in inputs or self.initializers_are_inputs
         }
-        for info in (*proto.input, *proto.output, *proto.value_info):
-            local.setdefault(info.name, _read_variable(info))
-        for name in (name for node in proto.node for name in node.output):
-            local.setdefault(name, gs.Variable(name))
+        infos = {info.name: info for info in (*proto.value_info, *proto.output, *proto.input)}
+        written = (name for node in proto.node for name in node.output)
+        for name in (*inputs, *written):
+            local.setdefault(name, _read_variable(infos.get(name, ValueInfoProto(name=name))))
+        for name in infos.keys() - local.keys():  # described here, but of a graph around this one
+            local[name] = outer[name] if name in outer else _read_variable(infos[name])
         for tensor in proto.initializer:
             self.tensors.setdefault(id(local[tensor.name]), (local[tensor.name], tensor))
 
@@ -211,9 +217,13 @@ class RoundTrip:
                 return copy.deepcopy(proto)
 
     def _read_tensor(self, proto: TensorProto) -> gs.Constant:
-        constant = gs.Constant(proto.name, TensorValues(proto, self.folder))
+        constant = gs.Constant(proto.name, self.values(proto))
         self.tensors[id(constant)] = (constant, proto)
         return constant
+
+    def values(self, proto: TensorProto) -> TensorValues:
+        """Return the values of one of the model's tensors, not yet decoded."""
+        return TensorValues(proto, self.folder, self._name)
 
 
 @dataclass
@@ -236,13 +246,14 @@ class _Writer:
             if descriptor.name not in _WRITTEN_ANEW:
                 proto.MergeFrom(GraphProto(**{descriptor.name: value}))
         visible = outer | {id(constant) for constant in constants}
-        proto.node.extend(self._write_node(node, visible) for node in graph.nodes)
+        bare = not self.weights and graph is self.source.graph
+        proto.node.extend(self._write_node(node, visible, bare) for node in graph.nodes)
 
         listed = [origin.tensors[tensor.name] for tensor in before.initializer]
         kept = [tensor for tensor in listed if id(tensor) in defined]
         known = {id(tensor) for tensor in kept}
         added = [constant for constant in constants if id(constant) not in known]
-        proto.initializer.extend(self._write_tensor(tensor) for tensor in (*kept, *added))
+        proto.initializer.extend(self._write_tensor(tensor, bare) for tensor in (*kept, *added))
 
         inputs = list(self._inputs(origin, defined))
         if self.source.initializers_are_inputs and graph is self.source.graph:
@@ -285,7 +296,7 @@ class _Writer:
                 yield tensor
         yield from variables
 
-    def _write_node(self, node: gs.Node, visible: set[int]) -> NodeProto:
+    def _write_node(self, node: gs.Node, visible: set[int], bare: bool) -> NodeProto:
         origin = self.source.nodes.get(id(node)) or _NodeOrigin(node, NodeProto(), {})
         proto = NodeProto()
         proto.CopyFrom(origin.proto)
@@ -302,12 +313,13 @@ class _Writer:
             untouched = original is not None and _same(value, origin.attrs[name])
             written = original if untouched else None
             if isinstance(value, (gs.Graph, gs.Constant, AttributeProto)) or written is None:
-                written = self._write_attribute(name, value, original, visible)
+                bare = bare and node.op == "Constant"
+                written = self._write_attribute(name, value, original, visible, bare)
             proto.attribute.append(written)
         return proto
 
     def _write_attribute(
-        self, name: str, value: Any, original: AttributeProto | None, visible: set[int]
+        self, name: str, value: Any, original: AttributeProto | None, visible: set[int], bare: bool
     ) -> AttributeProto:
         if isinstance(value, AttributeProto):
             return value
@@ -317,7 +329,7 @@ class _Writer:
             self.write_graph(value, proto.g, visible)
         elif isinstance(value, gs.Constant):
             proto.type = AttributeProto.TENSOR
-            proto.t.CopyFrom(self._write_tensor(value))
+            proto.t.CopyFrom(self._write_tensor(value, bare))
         else:
             kind = original.type if original is not None else None
             proto = helper.make_attribute(name, value, attr_type=kind)
@@ -325,14 +337,14 @@ class _Writer:
             proto.doc_string = original.doc_string
         return proto
 
-    def _write_tensor(self, tensor: gs.Tensor) -> TensorProto:
+    def _write_tensor(self, tensor: gs.Tensor, bare: bool) -> TensorProto:
         """Write a constant, or the default of an input that a caller may override."""
         _, original = self.source.tensors.get(id(tensor), (None, None))
         if isinstance(tensor, gs.Variable):
             assert original is not None  # only what was an initialiser gets here
             return _named(original, tensor.name)
         values = tensor._values  # not .values, which would decode what nobody asked for
-        if not self.weights and values.nbytes > SMALL:
+        if bare and math.prod(values.shape) > SMALL:
             return TensorProto(
                 name=tensor.name,
                 dims=values.shape,
@@ -341,7 +353,7 @@ class _Writer:
             )
         if isinstance(values, TensorValues):
             return _named(values.tensor, tensor.name)
-        if original is not None and _holds(original, tensor.values, self.source.folder):
+        if original is not None and _same_values(self.source.values(original), tensor.values):
             return _named(original, tensor.name)
         written = numpy_helper.from_array(np.asarray(tensor.values, order="C"), tensor.name)
         if original is not None:
@@ -425,8 +437,10 @@ def _write_value(
     edited = helper.make_tensor_type_proto(kind, tensor.shape)
     axes = info.type.tensor_type.shape.dim
     for axis, old in zip(edited.tensor_type.shape.dim, axes, strict=False):
-        axis.denotation = old.denotation
-    edited.denotation = info.type.denotation
+        if old.denotation:
+            axis.denotation = old.denotation
+    if info.type.denotation:
+        edited.denotation = info.type.denotation
     info.type.CopyFrom(edited)
     return info
 
@@ -454,9 +468,8 @@ def _named(tensor: TensorProto, name: str) -> TensorProto:
     return renamed
 
 
-def _holds(original: TensorProto, values: npt.NDArray[Any], folder: str) -> bool:
-    """Whether values that were read, and perhaps edited in place, are still the original's."""
-    before = TensorValues(original, folder)
+def _same_values(before: TensorValues, values: npt.NDArray[Any]) -> bool:
+    """Whether values that were read, and perhaps edited in place, are still what they were."""
     if (before.dtype, tuple(before.shape)) != (values.dtype, values.shape):
         return False
     if values.dtype == np.object_:  # strings

@@ -7,7 +7,7 @@ back.
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -54,8 +54,7 @@ def build_pass(kind: type[Pass], options: Mapping[str, str]) -> Pass:
             known = ", ".join(types) or "none"
             raise SpecError(f"{kind.name}: unknown option '{name}'; it has {known}")
     for option in fields(kind):
-        required = option.default is MISSING and option.default_factory is MISSING
-        if required and option.name not in options:
+        if is_required(option) and option.name not in options:
             raise SpecError(f"{kind.name}: option '{option.name}' is missing")
     values = {name: _value(kind, name, text, types[name]) for name, text in options.items()}
     return kind(**values)
@@ -65,6 +64,11 @@ def option_types(kind: type[Pass]) -> dict[str, Any]:
     """Return option name → type of a pass, in the order of its fields."""
     hints = get_type_hints(kind)
     return {option.name: hints[option.name] for option in fields(kind)}
+
+
+def is_required(option: Field[Any]) -> bool:
+    """Tell whether an option has no default."""
+    return option.default is MISSING
 
 
 def _split_options(name: str, text: str) -> dict[str, str]:

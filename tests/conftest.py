@@ -5,7 +5,7 @@ import os
 # As in pwopt.cli; the test processes share the machine. Before numpy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from hypothesis import settings  # noqa: E402
+from hypothesis import settings
 
 settings.register_profile("local", deadline=None, database=None)
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)

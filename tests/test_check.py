@@ -1,5 +1,5 @@
 import json
-import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,18 +7,17 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from helpers import ASSETS, needs_assets, parse
 from onnx import parser
 from rich.console import Console
 
-from pwopt.checking import Cost, Costs, Verdict, check, compare_hits
+from pwopt.analysis import Size
+from pwopt.checking import Cost, Verdict, check
 from pwopt.cli import main
+from pwopt.comparing import compare_hits
 from pwopt.errors import DataError, ModelError, SpecError
 from pwopt.model import Model
-from pwopt.report.check import table, to_json
-
-ASSETS = Path(
-    os.environ.get("PWOPT_ASSETS", Path(__file__).resolve().parents[1] / ".." / "shared" / "assets")
-)
+from pwopt.report.check import table
 
 
 def model(body: str, signature: str = "(float[N, 12] x) => (float[N, 12] y)") -> Model:
@@ -127,10 +126,10 @@ def test_accuracy_agreement_and_their_bounds(tmp_path: Path) -> None:
     assert accuracy.drop_points == pytest.approx(50)
     low, high = accuracy.drop_ci95
     assert 30 < low < 50 < high < 70
-    assert accuracy.top5 is not None
+    assert verdict.top5 is not None
     # swapped scores: the label's own 0.01 or 0.00 is never among the first five
-    assert accuracy.top5.original == pytest.approx(100 * 39 / 40)
-    assert accuracy.top5.rewritten == pytest.approx(100 * 19 / 40)
+    assert verdict.top5.original == pytest.approx(100 * 39 / 40)
+    assert verdict.top5.rewritten == pytest.approx(100 * 19 / 40)
     assert verdict.agreement == 0.5
     assert verdict.passed
     failed = check(SAME, gather, data=tmp_path / "d.npz", max_drop=49)
@@ -166,10 +165,10 @@ def test_scores_may_have_trailing_axes_and_few_classes_have_no_top5() -> None:
     signature = "(float[N, 4, 1, 1] x) => (float[N, 4, 1, 1] y)"
     one = model("y = Identity (x)", signature)
     feeds = {"x": np.eye(4)[..., None, None]}
-    accuracy = check(one, one, data=lambda: [(feeds, [0, 1, 2, 0])]).accuracy
-    assert accuracy is not None
-    assert accuracy.original == 75
-    assert accuracy.top5 is None
+    verdict = check(one, one, data=lambda: [(feeds, [0, 1, 2, 0])])
+    assert verdict.accuracy is not None
+    assert verdict.accuracy.original == 75
+    assert verdict.top5 is None
 
 
 def test_paired_bootstrap_agrees_with_resampling_by_brute_force() -> None:
@@ -228,6 +227,30 @@ def test_size_is_that_of_the_files_with_external_weights(tmp_path: Path) -> None
     assert check(Model.load(inside), Model.load(outside)).size == size
 
 
+def test_cost_is_that_of_one_sample_of_the_data() -> None:
+    one = parse("g (float[N,T,12] x) => (float[N,T,8] y) <float[12,8] w> { y = MatMul(x, w) }")
+    two = parse(
+        """g (float[N,T,12] x) => (float[N,T,8] y) <float[12,2] v, float[2,8] w>
+        { a = MatMul(x, v) y = MatMul(a, w) }"""
+    )
+    cost = check(one, two, data=lambda: [{"x": np.ones((3, 5, 12))}], batch=2).cost
+    assert cost is not None
+    assert (cost.original.params, cost.original.macs) == (96, 5 * 96)
+    assert (cost.rewritten.params, cost.rewritten.macs) == (40, 5 * 40)
+
+
+def test_cost_is_for_the_batch_that_the_model_demands() -> None:
+    four = parse("g (float[4,12] x) => (float[4,8] y) <float[12,8] w> { y = MatMul(x, w) }")
+    cost = check(four, four).cost
+    assert cost is not None
+    assert cost.original.macs == 4 * 96
+
+
+def test_no_cost_where_shapes_cannot_be_inferred() -> None:
+    square = model("y = Relu (x)", "(float[N, N] x) => (float[N, N] y)")  # not of one row
+    assert check(square, square, data=lambda: [{"x": np.ones((3, 3))}]).cost is None
+
+
 # -- wrong use --------------------------------------------------------------------------------
 
 
@@ -274,15 +297,24 @@ def test_json_has_the_keys_of_the_contract(tmp_path: Path) -> None:
     assert verdict["schema"] == 1
     assert verdict["equivalence"].keys() >= {"max_abs", "max_rel", "cosine", "snr_db"}
     accuracy = {"metric", "samples", "original", "rewritten", "drop_points", "drop_ci95"}
-    assert verdict["accuracy"].keys() == accuracy | {"top5"}
-    assert verdict["accuracy"]["top5"].keys() == accuracy
+    assert verdict["accuracy"].keys() == verdict["top5"].keys() == accuracy
     assert verdict["latency"].keys() == {
         "threads", "batch", "original_ms", "rewritten_ms", "speedup", "speedup_ci95"
     }  # fmt: skip
     assert verdict["size"].keys() == {"original_bytes", "rewritten_bytes"}
+    assert verdict["cost"]["original"].keys() >= {"params", "macs"}
     assert verdict["agreement"] == 0.5
     assert verdict["passed"] is True
     assert result.stderr == ""
+
+
+def test_random_inputs_are_told_and_progress_is_silent_off_a_terminal(tmp_path: Path) -> None:
+    one = save(tmp_path, SAME, "a.onnx")
+    result = invoke(one, one)
+    assert result.exit_code == 0
+    assert "this checks numbers, not accuracy" in result.stdout
+    assert result.stderr == ""
+    assert json.loads(invoke(one, one, "--json").stdout)["data"]["random"] is True
 
 
 def test_a_bound_that_is_not_met_prints_the_verdict_and_exits_with_3(tmp_path: Path) -> None:
@@ -337,16 +369,22 @@ def test_table_tells_what_changed(tmp_path: Path) -> None:
     assert "same class for 50.00 %" in text
     assert "1 thread, batch 1" in text
     assert "\x1b" not in text
-    assert "MACs" not in text
 
 
-def test_table_and_json_show_costs_where_they_were_counted() -> None:
-    from dataclasses import replace
-
-    verdict = replace(check(SAME, SAME), cost=Costs(Cost(1000, 80_000), Cost(500, 20_000)))
-    assert "80,000" in render(verdict)
-    assert "−75.0 %" in render(verdict)
-    assert to_json(verdict)["cost"]["rewritten"] == {"params": 500, "macs": 20_000}
+def test_table_gives_large_numbers_in_three_digits_and_as_ratios() -> None:
+    before = Size(params=14_984_522, macs=313_463_808, weight_bytes=0, nodes=0)
+    after = Size(params=5_800_000, macs=122_500_000, weight_bytes=0, nodes=0)
+    verdict = check(SAME, SAME)
+    lines = {
+        line.split()[0]: " ".join(line.split()[1:])
+        for line in render(replace(verdict, cost=Cost(before, after))).splitlines()
+    }
+    assert lines["parameters"] == "15.0 M 5.80 M 2.58× fewer"
+    assert lines["MACs"] == "313 M 122 M 2.56× fewer"
+    more = render(replace(verdict, cost=Cost(after, before)))
+    assert "2.56× more" in more
+    assert "the same" in more  # the file size
+    assert "MACs" not in render(replace(verdict, cost=None))
 
 
 def test_random_inputs_are_called_no_measure_of_accuracy() -> None:
@@ -356,10 +394,9 @@ def test_random_inputs_are_called_no_measure_of_accuracy() -> None:
 # -- a real network ---------------------------------------------------------------------------
 
 
+@needs_assets
 def test_reference_accuracy_of_a_real_network(tmp_path: Path) -> None:
     path = ASSETS / "models" / "resnet56_cifar10.onnx"
-    if not path.is_file():
-        pytest.skip(f"no assets in {ASSETS}")
     with np.load(ASSETS / "data" / "cifar10_val.npz") as arrays:
         np.savez(tmp_path / "d.npz", images=arrays["images"][:500], labels=arrays["labels"][:500])
     verdict = check(path, path, data=tmp_path / "d.npz", preprocess="unit", max_drop=0)

@@ -1,9 +1,12 @@
 """The command line: parse, call the library, print. One file per command, imported when called."""
 
 import importlib
+import io
 import os
+import signal
 import sys
 from importlib.metadata import version
+from typing import NoReturn
 
 import click
 
@@ -34,11 +37,24 @@ class _LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except PwoptError as error:
-            click.echo(f"pwopt: {error}", err=True)
+            click.echo(f"pwopt: {_printable(str(error))}", err=True)
             sys.exit(error.exit_code)
+
+
+def _printable(text: str) -> str:
+    """Escape what would break the line or talk to the terminal: names come from the model."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _terminate(_number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + signal.SIGTERM)
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("pwopt"), prog_name="pwopt")
 def main() -> None:
     """Make trained ONNX convolutional networks cheaper with 1×1 convolutions."""
+    # As an exception, so that temporary files are removed.
+    signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe may not know × and →
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,16 +1,18 @@
-"""pwopt check."""
+"""``pwopt check``."""
 
-import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import click
 
 from pwopt.cli.options import shape_option
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("original")
-@click.argument("rewritten")
+@click.command(name="check")
+@click.argument("original", type=click.Path(path_type=Path))
+@click.argument("rewritten", type=click.Path(path_type=Path))
 @click.option("--data", metavar="SRC", help="An .npz, a folder of images or module:callable.")
 @click.option(
     "--preprocess",
@@ -47,8 +49,8 @@ from pwopt.cli.options import shape_option
 @click.pass_context
 def command(
     context: click.Context,
-    original: str,
-    rewritten: str,
+    original: Path,
+    rewritten: Path,
     data: str | None,
     preprocess: str | None,
     threads: int,
@@ -63,16 +65,10 @@ def command(
     Without --data both run on random inputs: that checks numbers, not accuracy.
     Exits with 3 if --max-drop or --min-speedup is not met.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from pwopt.checking import check
-    from pwopt.report.check import table, to_json
+    from pwopt.report import check as report
 
-    bar = Progress(console=Console(stderr=True), transient=True)
-    bar.disable = not bar.console.is_terminal
-    with bar:
-        task = bar.add_task("loading", total=None)
+    with _progress() as progress:
         verdict = check(
             original,
             rewritten,
@@ -83,14 +79,27 @@ def command(
             shapes=shapes,
             max_drop=max_drop,
             min_speedup=min_speedup,
-            progress=lambda what, done, total: bar.update(
-                task, description=what, completed=done, total=total
-            ),
+            progress=progress,
         )
     if as_json:
-        click.echo(json.dumps(to_json(verdict), indent=2, ensure_ascii=False))
+        click.echo(report.to_json(verdict))
     else:
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-        console.print(table(verdict))
+        report.print_table(verdict)
     if not verdict.passed:
         context.exit(3)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int | None], None] | None]:
+    """Show a bar on stderr if that is a terminal, else nothing."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda what, done, total: bar.update(
+            task, description=what, completed=done, total=total
+        )

@@ -25,9 +25,8 @@ SIDES: tuple["Choice", ...] = ("auto", "input", "output", "both")
 @click.option(
     "--sides",
     type=click.Choice(SIDES),
-    default="auto",
-    show_default=True,
-    help="Where the 1×1 goes; auto takes, per layer, what loses least for the MACs it saves.",
+    help="Where the 1×1 goes; auto takes, per layer, what loses least for the MACs it saves.  "
+    "[default: auto]",
 )
 @click.option("--pipeline", metavar="SPEC", help="Passes to run instead; see pwopt passes.")
 @shape_option
@@ -36,7 +35,7 @@ def command(
     model: Path,
     output: Path | None,
     bottleneck: int | None,
-    sides: "Choice",
+    sides: "Choice | None",
     pipeline: str | None,
     shapes: dict[str, tuple[int, ...]],
     as_json: bool,
@@ -47,16 +46,21 @@ def command(
     """
     if (bottleneck is None) == (pipeline is None):
         raise click.UsageError("Give either --bottleneck R or --pipeline SPEC.")
+    if pipeline is not None and sides is not None:
+        raise click.UsageError(
+            "--sides goes with --bottleneck; in a pipeline write bottleneck{rank=R,sides=SIDES}."
+        )
 
     from pwopt.report import rewriting as report
     from pwopt.workflow import rewrite
 
     result = rewrite(
-        model, bottleneck=bottleneck, sides=sides, pipeline=pipeline, shapes=shapes
+        model, bottleneck=bottleneck, sides=sides or "auto", pipeline=pipeline, shapes=shapes
     )
-    target = output or model.with_suffix(".pwopt.onnx")
+    target = output or model.with_name(f"{model.name.removesuffix('.onnx')}.pwopt.onnx")
     result.model.save(target)
     if as_json:
         click.echo(report.to_json(result, target))
     else:
-        report.print_table(result, model, target)
+        report.print_table(result)
+    click.echo(report.next_step(model, target), err=True)

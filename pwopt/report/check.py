@@ -1,21 +1,27 @@
 """A Verdict as a table to read, or as JSON."""
 
+import json
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pwopt.checking import Accuracy, Equivalence, Verdict
+from pwopt.checking import Verdict
+from pwopt.comparing import Accuracy, Equivalence
+from pwopt.report.console import stdout
+from pwopt.report.units import scaled
 
 
-def to_json(verdict: Verdict) -> dict[str, Any]:
-    """Return the object that ``pwopt check --json`` prints."""
-    result = {"schema": 1, **asdict(verdict)}
-    if verdict.accuracy and verdict.accuracy.top5:
-        del result["accuracy"]["top5"]["top5"]
-    return result
+def to_json(verdict: Verdict) -> str:
+    """Write the verdict as one JSON object."""
+    return json.dumps({"schema": 1, **asdict(verdict)}, indent=2, ensure_ascii=False)
+
+
+def print_table(verdict: Verdict) -> None:
+    """Print before, after and the difference, a line for each measure."""
+    stdout().print(table(verdict))
 
 
 def table(verdict: Verdict) -> Group:
@@ -42,46 +48,35 @@ def _source(verdict: Verdict) -> Text:
     if data.random:
         return Text(
             f"{data.samples:,} seeded random inputs{assumed}: this checks numbers, not accuracy; "
-            "add --data for that"
+            "add --data for that",
+            style="yellow",
         )
     labels = "" if verdict.accuracy else ", no labels"
     return Text(f"{data.samples:,} samples of {data.source}{assumed}{labels}")
 
 
-def _rows(verdict: Verdict) -> list[tuple[str, str, str, str]]:
+def _rows(verdict: Verdict) -> Iterator[tuple[str, str, str, str]]:
     latency, size, cost = verdict.latency, verdict.size, verdict.cost
-    rows = []
-    if verdict.accuracy:
-        rows.append(_accuracy(verdict.accuracy))
-        if verdict.accuracy.top5:
-            rows.append(_accuracy(verdict.accuracy.top5))
+    for accuracy in (verdict.accuracy, verdict.top5):
+        if accuracy:
+            yield _accuracy(accuracy)
     if verdict.agreement is not None:
-        rows.append(("agreement", "", "", f"same class for {100 * verdict.agreement:.2f} %"))
+        yield "agreement", "", "", f"same class for {100 * verdict.agreement:.2f} %"
     low, high = latency.speedup_ci95
     threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
-    rows.append(
-        (
-            "latency",
-            _milliseconds(latency.original_ms),
-            _milliseconds(latency.rewritten_ms),
-            f"{latency.speedup:.2f}× [{low:.2f}, {high:.2f}], {threads}, batch {latency.batch}",
-        )
+    yield (
+        "latency",
+        _milliseconds(latency.original_ms),
+        _milliseconds(latency.rewritten_ms),
+        f"{latency.speedup:.2f}× [{low:.2f}, {high:.2f}], {threads}, batch {latency.batch}",
     )
     if cost:
-        for name, before, after in (
-            ("parameters", cost.original.params, cost.rewritten.params),
-            ("MACs", cost.original.macs, cost.rewritten.macs),
-        ):
-            rows.append((name, f"{before:,}", f"{after:,}", _change(before, after)))
-    rows.append(
-        (
-            "file size",
-            f"{size.original_bytes / 1e6:,.2f} MB",
-            f"{size.rewritten_bytes / 1e6:,.2f} MB",
-            _change(size.original_bytes, size.rewritten_bytes),
-        )
+        before, after = cost.original, cost.rewritten
+        yield _amounts("parameters", before.params, after.params, "fewer", "more")
+        yield _amounts("MACs", before.macs, after.macs, "fewer", "more")
+    yield _amounts(
+        "file size", size.original_bytes, size.rewritten_bytes, "smaller", "larger", unit="B"
     )
-    return rows
 
 
 def _accuracy(accuracy: Accuracy) -> tuple[str, str, str, str]:
@@ -108,11 +103,15 @@ def _milliseconds(value: float) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
-def _change(before: int, after: int) -> str:
-    return f"{_signed(100 * (after - before) / before, 1)} %" if before else ""
+def _amounts(
+    name: str, before: int, after: int, less: str, more: str, unit: str = ""
+) -> tuple[str, str, str, str]:
+    ratio = max(before, after) / max(min(before, after), 1)
+    change = f"{ratio:.2f}× {less if after < before else more}" if after != before else "the same"
+    return name, scaled(before, unit), scaled(after, unit), change
 
 
-def _signed(value: float, digits: int = 2) -> str:
+def _signed(value: float) -> str:
     """Format with a sign; a true minus, and none for zero."""
-    text = f"{value:+.{digits}f}".replace("-", "−")
-    return text[1:] if float(f"{value:.{digits}f}") == 0 else text
+    text = f"{value:+.2f}".replace("-", "−")
+    return "0.00" if text[1:] == "0.00" else text

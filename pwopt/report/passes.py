@@ -3,14 +3,14 @@
 import inspect
 import json
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
 from rich.console import Console
 from rich.table import Table
 
-from pwopt.rewriting import Pass
-from pwopt.spec import option_types
+from pwopt.rewriting import Pass, value_text
+from pwopt.spec import is_required, option_types
 
 
 def to_json(passes: list[type[Pass]]) -> str:
@@ -21,8 +21,13 @@ def to_json(passes: list[type[Pass]]) -> str:
             "exact": kind.exact,
             "help": inspect.getdoc(kind),
             "options": [
-                {"name": name, "type": _type(wanted), "default": _default(kind, name)}
-                for name, wanted in option_types(kind).items()
+                {
+                    "name": option.name,
+                    "type": _type(option_types(kind)[option.name]),
+                    "required": is_required(option),
+                    "default": None if is_required(option) else option.default,
+                }
+                for option in fields(kind)
             ],
         }
         for kind in passes
@@ -55,16 +60,13 @@ def print_help(kind: type[Pass]) -> None:
 
 def _options(kind: type[Pass]) -> list[str]:
     """Write each option as a pipeline does, with its default or its type."""
+    types = option_types(kind)
     written = []
-    for name, wanted in option_types(kind).items():
-        default = _default(kind, name)
-        written.append(f"{name}={_type(wanted).upper() if default is None else default}")
+    for option in fields(kind):
+        free = is_required(option) or option.default is None
+        value = _type(types[option.name]).upper() if free else value_text(option.default)
+        written.append(f"{option.name}={value}")
     return written
-
-
-def _default(kind: type[Pass], name: str) -> Any:
-    default = next(option.default for option in fields(kind) if option.name == name)
-    return None if default is MISSING else default
 
 
 def _type(wanted: Any) -> str:

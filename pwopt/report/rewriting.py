@@ -1,16 +1,20 @@
 """What a rewrite did: as tables or JSON."""
 
 import json
-from collections import Counter
+import shlex
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from pwopt.analysis import Size
+from pwopt.report.console import stdout
 from pwopt.rewriting import Event, PassReport
 from pwopt.workflow import Rewritten
+
+_SPLIT = {"sides", "rank", "predicted_speedup", "kept_energy"}
+_PLACES = 3  # how many layers stand for all that share a reason
 
 
 def to_json(result: Rewritten, output: Path) -> str:
@@ -40,49 +44,63 @@ def to_json(result: Rewritten, output: Path) -> str:
     )
 
 
-def print_table(result: Rewritten, model: Path, output: Path) -> None:
+def print_table(result: Rewritten) -> None:
     """Print what each pass did, site by site, and the cost before and after."""
-    console = Console(highlight=False, markup=False)
+    console = stdout()
     for report in result.reports:
         console.print(f"{report.name}: {report.rewrote} rewritten, {report.skipped} left alone")
-        _print_rewritten(console, report)
-        _print_skipped(console, report)
+        rewrote = [event for event in report.events if event.kind == "rewrote"]
+        skipped = [event for event in report.events if event.kind == "skipped"]
+        splits = [event for event in rewrote if _SPLIT <= event.data.keys()]
+        if splits:
+            console.print(_splits(splits))
+        console.print(_reasons([event for event in rewrote if event not in splits]))
+        console.print(_reasons(skipped))
     console.print(_sizes(result.before, result.after))
     if not result.changed:
-        console.print("\nNothing was rewritten; the model is written as it came.")
-    console.print(f"\nWrote {output}\nNext: pwopt check {model} {output}")
+        console.print("Nothing was rewritten; the model is written as it came.")
 
 
-def _print_rewritten(console: Console, report: PassReport) -> None:
-    rewrote = [event for event in report.events if event.kind == "rewrote"]
-    if not any("macs" in event.data for event in rewrote):
-        for reason, events in _grouped(rewrote):
-            console.print(f"  {len(events):>3} × {reason}")
-        return
+def next_step(model: Path, output: Path) -> str:
+    """Say where the result is, and what the user may do now: two lines."""
+    check = shlex.join(["pwopt", "check", str(model), str(output)])
+    return f"Wrote {output}\nNext: {check}"
+
+
+def _splits(events: list[Event]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("  layer", overflow="fold")
-    table.add_column("what")
-    for column in ("predicted", "keeps"):
-        table.add_column(column, justify="right")
-    for event in rewrote:
-        speedup, kept = event.data["predicted_speedup"], event.data["kept_energy"]
+    for column in ("split", "predicted", "keeps"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for event in events:
+        data = event.data
         table.add_row(
-            f"  {event.where}", event.reason, f"{speedup:.1f}×", f"{100 * float(kept):.0f} %"
+            f"  {event.where}",
+            f"{data['sides']} {data['rank']}",
+            f"{data['predicted_speedup']:.1f}×",
+            f"{data['kept_energy']:.0%}",
         )
-    console.print(table)
+    return table
 
 
-def _print_skipped(console: Console, report: PassReport) -> None:
-    skipped = [event for event in report.events if event.kind == "skipped"]
-    for reason, events in _grouped(skipped):
-        places = ", ".join(event.where for event in events[:3])
-        more = ", …" if len(events) > 3 else ""
-        console.print(f"  {len(events):>3} left: {reason} ({places}{more})")
+def _reasons(events: list[Event]) -> Table:
+    """One line a reason, with the first places; further lines of it are indented."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for reason, alike in _grouped(events):
+        places = ", ".join(event.where for event in alike[:_PLACES])
+        more = ", …" if len(alike) > _PLACES else ""
+        table.add_row(f"{len(alike):>5} ×", f"{reason} ({places}{more})")
+    return table
 
 
 def _grouped(events: list[Event]) -> list[tuple[str, list[Event]]]:
-    counts = Counter(event.reason for event in events)
-    return [(reason, [e for e in events if e.reason == reason]) for reason, _ in counts.most_common()]
+    """Reason → events, the most frequent reason first."""
+    groups: dict[str, list[Event]] = defaultdict(list)
+    for event in events:
+        groups[event.reason].append(event)
+    return sorted(groups.items(), key=lambda group: -len(group[1]))
 
 
 def _sizes(before: Size, after: Size) -> Table:

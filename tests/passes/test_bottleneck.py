@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 from helpers import (
+    ASSETS,
     Outcome,
     apply,
     assert_close,
@@ -19,6 +20,7 @@ from helpers import (
     assert_same_numbers,
     assert_skipped,
     checked,
+    needs_assets,
     parse,
     random_feeds,
     random_weight,
@@ -81,11 +83,8 @@ def with_composed_weights(before: Model, outcome: Outcome) -> Model:
     for node in proto.graph.node:
         if node.output and node.output[0] in outcome.rewrote:
             weight = composed(before.to_proto(), after, node.output[0])
-            dtype = next(
-                helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type)
-                for i in proto.graph.input
-                if i.name == "x"
-            )
+            kind = proto.graph.input[0].type.tensor_type.elem_type
+            dtype = helper.tensor_dtype_to_np_dtype(kind)
             node.input[1] = f"{node.output[0]} composed"
             proto.graph.initializer.append(
                 numpy_helper.from_array(weight.astype(dtype), node.input[1])
@@ -245,6 +244,21 @@ def test_without_a_bias(step: Bottleneck) -> None:
     split(parse(text), step)
 
 
+def test_an_empty_bias_is_none() -> None:
+    model = parse(PLAIN.replace(", float[32] b", "").replace("w, b)", "w)"))
+    model.proto.graph.node[0].input.append("")
+    after = split(model, OUTPUT).proto
+    assert [len(node.input) for node in after.graph.node] == [2, 2]
+
+
+def test_shapes_that_only_the_caller_knows() -> None:
+    model = parse(PLAIN.replace("[N,32,H,W]", "[N,C,H,W]"))
+    with pytest.raises(ModelError, match="leaves its channels open"):
+        apply(model, INPUT)
+    outcome = apply(model, INPUT, shapes={"x": (1, 32, 6, 5)})
+    assert outcome.events[0].data["macs"] == 30 * 8 * (32 + 32 * 9)
+
+
 @EVERY
 def test_open_height_and_width(step: Bottleneck) -> None:
     outcome = apply(parse(PLAIN), step)
@@ -351,7 +365,7 @@ def test_layers_that_follow_each_other(step: Bottleneck) -> None:
 
 
 SHARED = """
-shared (float[N,32,9,9] x) => (float[N,32,9,9] z)
+shared (float[N,32,9,9] x) => (float[] z)
 <float[32,32,3,3] w, float[32] b>
 {
   y = Conv<pads=[1,1,1,1]>(x, w, b)
@@ -365,6 +379,20 @@ def test_a_weight_that_two_layers_share_stays_shared() -> None:
     assert set(values(after)) == {"b", "y.reduce.weight", "y.core.weight"}
     readers = [list(node.input[1:]) for node in after.graph.node]
     assert readers == [["y.reduce.weight"], ["y.core.weight", "b"]] * 2
+
+
+def test_a_shared_weight_is_split_anew_where_another_side_is_better() -> None:
+    # At this stride a 1×1 in front, at full resolution, would cost more than it saves.
+    model = parse(
+        SHARED.replace("dilations=[2,2]", "strides=[12,12]"),
+        {"w": low_rank((32, 32, 3, 3), "input", 8)},
+    )
+    outcome = apply(model, AUTO)
+    first, second = (event.data["sides"] for event in outcome.events)
+    assert (first, second) == ("input", "output")
+    weights = [node.input[1] for node in outcome.proto.graph.node]
+    assert weights == ["y.reduce.weight", "y.core.weight", "z.core.weight", "z.expand.weight"]
+    assert_same_numbers(outcome.model, with_composed_weights(model, outcome))
 
 
 def test_a_shared_weight_stays_for_the_reader_that_is_left_alone() -> None:
@@ -644,6 +672,18 @@ def test_what_was_split_is_not_split_again(first: Any, second: Any) -> None:
     assert again.rewrote == []
 
 
+# -- pretrained networks ----------------------------------------------------------------------
+
+
+@needs_assets
+@pytest.mark.parametrize(("name", "sites"), [("resnet56_cifar10", 35), ("smallvgg_cifar10", 5)])
+def test_pretrained_networks(name: str, sites: int) -> None:
+    model = Model.load(ASSETS / "models" / f"{name}.onnx")
+    outcome = apply(model, Bottleneck(rank=16))
+    assert len(outcome.rewrote) == sites
+    assert_same_numbers(outcome.model, with_composed_weights(model, outcome))
+
+
 # -- random graphs ----------------------------------------------------------------------------
 
 
@@ -652,7 +692,7 @@ def networks(draw: st.DrawFn) -> Model:
     """Draw a chain of convolutions with all that may stand around them."""
     rng = np.random.default_rng(draw(st.integers(0, 9)))
     dims = draw(st.integers(1, 2))
-    shape = (16, draw(st.sampled_from([8, 16, 24])), *[3] * dims)
+    shape = (16, draw(st.sampled_from([16, 32])), *[3] * dims)
     tensor, channels = "x", shape[1]
     weights: dict[str, Array] = {}
     nodes, outputs = [], []
@@ -660,8 +700,8 @@ def networks(draw: st.DrawFn) -> Model:
         fitting = [name for name, w in weights.items() if w.ndim > 1 and w.shape[1] == channels]
         name = draw(st.sampled_from([*fitting, f"w{i}"]))
         if name not in weights:
-            kernel = [draw(st.integers(1, 3)) for _ in range(dims)]
-            shape = (draw(st.sampled_from([8, 16, 24])), channels, *kernel)
+            kernel = [draw(st.sampled_from([3, 2, 1])) for _ in range(dims)]
+            shape = (draw(st.sampled_from([8, 16, 32])), channels, *kernel)
             weights[name] = random_weight(rng, name, shape)
         inputs = [tensor, name]
         channels, tensor = weights[name].shape[0], f"t{i}"

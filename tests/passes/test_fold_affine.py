@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from helpers import (
+    ASSETS,
     Outcome,
     apply,
     assert_close,
@@ -13,6 +14,7 @@ from helpers import (
     assert_same_numbers,
     assert_skipped,
     checked,
+    needs_assets,
     parse,
     random_feeds,
     random_weight,
@@ -374,7 +376,7 @@ def test_names_that_are_taken_stay_with_their_owner() -> None:
 
 def test_constant_nodes() -> None:
     text = """
-    conv (float[N,1,4,4] x) => (float[N,2,4,4] y, float[2,1,1] again)
+    conv (float[N,1,4,4] x) => (float[N,2,4,4] y, float[2,1,1] again, float[2] b)
     {
       w = Constant<value = float[2,1,1,1] {2, 3}>()
       b = Constant<value = float[2] {5, 7}>()
@@ -387,8 +389,9 @@ def test_constant_nodes() -> None:
     }
     """
     after = folded(parse(text)).proto
-    assert [node.op_type for node in after.graph.node] == ["Constant", "Conv", "Identity"]
-    weight, bias = (values(after)[name] for name in after.graph.node[1].input[1:])
+    ops = [node.op_type for node in after.graph.node]
+    assert ops == ["Constant", "Constant", "Conv", "Identity"]
+    weight, bias = (values(after)[name] for name in after.graph.node[2].input[1:])
     assert weight.ravel().tolist() == [22, 39]
     assert bias.tolist() == [5 * 11 + 17, 7 * 13 + 17]
 
@@ -611,6 +614,20 @@ def test_empty_and_repeated_names() -> None:
         for node in model.proto.graph.node:
             node.name = name
         assert apply(model, FOLD).rewrote == ["y"]
+
+
+# -- pretrained networks ----------------------------------------------------------------------
+
+
+@needs_assets
+@pytest.mark.parametrize(
+    ("name", "sites"), [("resnet56_cifar10", 0), ("smallvgg_cifar10", 0), ("vgg16_cifar10", 1)]
+)
+def test_pretrained_networks(name: str, sites: int) -> None:
+    model = Model.load(ASSETS / "models" / f"{name}.onnx")
+    outcome = apply(model, FOLD)
+    assert len(outcome.rewrote) == sites
+    assert_same_numbers(outcome.model, model)
 
 
 # -- random graphs ----------------------------------------------------------------------------

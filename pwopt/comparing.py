@@ -1,0 +1,225 @@
+"""Two models' outputs on the same samples: how far apart, how often right. Arrays in, numbers out.
+
+No output is kept: all measures are sums over batches.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from math import log10, prod, sqrt
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Outputs = Mapping[str, Array]
+Flags = npt.NDArray[np.bool_]
+
+RESAMPLES = 10_000
+TOP5_CLASSES = 10
+"""Top-5 says something from so many classes on."""
+
+_TINY = float(np.finfo(np.float64).tiny)
+
+
+@dataclass(frozen=True, slots=True)
+class Equivalence:
+    """How far the outputs differ, each measure that of the worst output of the model.
+
+    With a the original's values of one output over all samples, b the rewritten model's:
+
+    Attributes:
+        max_abs: max |a − b|.
+        max_rel: max |a − b| / max |a|. Relative to the output's largest value, not to each value
+            by itself, so that values near zero do not blow it up.
+        cosine: a·b / (|a| |b|), each output taken as one long vector.
+        snr_db: 10 log₁₀(Σ a² / Σ (a − b)²) in decibels; None if no value differs.
+        nonfinite: Values that are NaN or infinite in one of the two only, or differently so.
+            They are left out of the measures above.
+    """
+
+    max_abs: float
+    max_rel: float
+    cosine: float
+    snr_db: float | None
+    nonfinite: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """How often the right class is the first (or among the first five), before and after.
+
+    Attributes:
+        metric: ``top-1`` or ``top-5``.
+        samples: How many have a label.
+        original: Per cent right.
+        rewritten: Per cent right.
+        drop_points: original − rewritten, in percentage points; negative for a gain.
+        drop_ci95: Its 95 % interval: bootstrap over samples, both models on the same ones.
+    """
+
+    metric: str
+    samples: int
+    original: float
+    rewritten: float
+    drop_points: float
+    drop_ci95: tuple[float, float]
+
+
+class Comparison:
+    """What is known after some batches.
+
+    Attributes:
+        scores: The output that holds class scores, if any; see `class_scores`.
+        samples: How many were compared.
+    """
+
+    def __init__(self, scores: str | None) -> None:
+        self.scores = scores
+        self.samples = 0
+        self._differences: dict[str, _Difference] = defaultdict(_Difference)
+        # [n] for each batch: both models rank the same class first
+        self._same_class: list[Flags] = []
+        # k → [2, n] for each batch: the label is among the model's first k classes
+        self._hits: dict[int, list[Flags]] = defaultdict(list)
+
+    def add(
+        self,
+        before: Outputs,
+        after: Outputs,
+        samples: int,
+        labels: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Add a batch: outputs of the same names and shapes; labels [samples] below the classes."""
+        self.samples += samples
+        for name in before:
+            self._differences[name].add(before[name], after[name])
+        if self.scores is None:
+            return
+        ranked = np.stack([_ranked(outputs[self.scores]) for outputs in (before, after)])
+        self._same_class.append(ranked[0, :, 0] == ranked[1, :, 0])
+        if labels is None:
+            return
+        right = ranked == labels[:, None]
+        classes = ranked.shape[2]
+        for k in (1, 5) if classes >= TOP5_CLASSES else (1,):
+            self._hits[k].append(right[:, :, :k].any(axis=2))
+
+    def equivalence(self) -> Equivalence:
+        """How far the outputs differ."""
+        return _worst(self._differences.values())
+
+    def agreement(self) -> float | None:
+        """Fraction of samples for which both rank the same class first; None without scores."""
+        return float(np.concatenate(self._same_class).mean()) if self._same_class else None
+
+    def accuracy(self, k: int, *, seed: int = 0) -> Accuracy | None:
+        """Top-k accuracy for k = 1 or 5; None without labels, and top-5 of few classes."""
+        if k not in self._hits:
+            return None
+        return compare_hits(f"top-{k}", *np.concatenate(self._hits[k], axis=1), seed=seed)
+
+
+def class_scores(outputs: Outputs, samples: int) -> str | None:
+    """The first output that is [samples, classes], with trailing axes of size 1 or without."""
+    for name, output in outputs.items():
+        if (
+            output.dtype.kind == "f"
+            and output.ndim >= 2
+            and len(output) == samples
+            and output.shape[1] > 1
+            and prod(output.shape[2:]) == 1
+        ):
+            return name
+    return None
+
+
+def compare_hits(
+    metric: str,
+    original: Flags,
+    rewritten: Flags,
+    *,
+    seed: int = 0,
+) -> Accuracy:
+    """Accuracy of two models on the same samples, from which of them [samples] each got right.
+
+    A sample lost, kept or gained counts 1, 0 or −1. Drawing samples with replacement makes the
+    numbers of the three multinomial, so the bootstrap (Efron & Tibshirani 1993) draws those.
+    """
+    samples = len(original)
+    lost, gained = int((original & ~rewritten).sum()), int((rewritten & ~original).sum())
+    shares = np.array([lost, gained, samples - lost - gained]) / samples
+    drawn = np.random.default_rng(seed).multinomial(samples, shares, size=RESAMPLES)
+    low, high = np.percentile(100 * (drawn[:, 0] - drawn[:, 1]) / samples, [2.5, 97.5])
+    return Accuracy(
+        metric=metric,
+        samples=samples,
+        original=100 * int(original.sum()) / samples,
+        rewritten=100 * int(rewritten.sum()) / samples,
+        drop_points=100 * (lost - gained) / samples,
+        drop_ci95=(float(low), float(high)),
+    )
+
+
+def _ranked(scores: Array) -> npt.NDArray[np.intp]:
+    """Classes of each sample, best first; of equal scores the lower class first."""
+    flat = scores.reshape(scores.shape[:2])
+    best: npt.NDArray[np.intp] = np.argsort(-flat, axis=1, kind="stable")
+    return best
+
+
+@dataclass(slots=True)
+class _Difference:
+    """Sums over all values of one output."""
+
+    error: float = 0.0
+    before: float = 0.0
+    after: float = 0.0
+    product: float = 0.0
+    max_error: float = 0.0
+    max_before: float = 0.0
+    nonfinite: int = 0
+
+    def add(self, before: Array, after: Array) -> None:
+        a, b = before.astype(np.float64).ravel(), after.astype(np.float64).ravel()
+        finite = np.isfinite(a) & np.isfinite(b)
+        if not finite.all():
+            equal = (a == b) | (np.isnan(a) & np.isnan(b))
+            self.nonfinite += int((~finite & ~equal).sum())
+            a, b = a[finite], b[finite]
+        if not a.size:
+            return
+        error = a - b
+        self.error += float(error @ error)
+        self.before += float(a @ a)
+        self.after += float(b @ b)
+        self.product += float(a @ b)
+        self.max_error = max(self.max_error, float(np.abs(error).max()))
+        self.max_before = max(self.max_before, float(np.abs(a).max()))
+
+    @property
+    def max_rel(self) -> float:
+        return self.max_error / max(self.max_before, _TINY) if self.max_error else 0.0
+
+    @property
+    def cosine(self) -> float:
+        if not self.error:
+            return 1.0
+        lengths = sqrt(self.before) * sqrt(self.after)
+        return self.product / lengths if lengths else 0.0
+
+    @property
+    def snr_db(self) -> float | None:
+        return 10 * log10(max(self.before, _TINY) / self.error) if self.error else None
+
+
+def _worst(outputs: Collection[_Difference]) -> Equivalence:
+    ratios = [output.snr_db for output in outputs if output.snr_db is not None]
+    return Equivalence(
+        max_abs=max(output.max_error for output in outputs),
+        max_rel=max(output.max_rel for output in outputs),
+        cosine=min(output.cosine for output in outputs),
+        snr_db=min(ratios, default=None),
+        nonfinite=sum(output.nonfinite for output in outputs),
+    )

@@ -1,0 +1,192 @@
+"""Feeds made to fit a model's inputs: what every source of samples shares."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pwopt.errors import DataError
+from pwopt.shapes import Input
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One feed of the model.
+
+    Attributes:
+        feeds: An array for each input, of its type and shape.
+        labels: int64 [samples], or None.
+        samples: How many rows are samples. A model of fixed batch size gets a last batch filled
+            up with repeated rows, which are not counted here.
+    """
+
+    feeds: dict[str, Array]
+    labels: Labels | None
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Batches for one model; iterating again starts anew. Only one batch exists at a time.
+
+    Attributes:
+        name: What messages call the source.
+        inputs: Those of the model.
+        draw: Starts anew, and yields feeds as they come, with labels or None.
+        count: Samples in it, None where only iterating tells.
+        assumed: What was assumed for the axes that the model leaves open, empty if nothing.
+    """
+
+    name: str
+    inputs: Sequence[Input]
+    draw: Callable[[], Iterator[tuple[Feeds, Any]]]
+    count: int | None = None
+    assumed: str = ""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches that fit the model.
+
+        Raises:
+            DataError: a sample that does not: wrong names, shape or type, NaN or infinity.
+        """
+        empty = True
+        for feeds, labels in self.draw():
+            yield self._fit(feeds, labels)
+            empty = False
+        if empty:
+            raise DataError(f"{self.name}: has no samples")
+
+    def resize(self, feeds: Feeds, size: int) -> dict[str, Array]:
+        """Make a feed of `size` rows out of another: its first ones, repeated where too few."""
+        counted = batched(self.inputs)
+        return {
+            name: array[np.arange(size) % len(array)] if name in counted else array
+            for name, array in feeds.items()
+        }
+
+    def rows(self, feeds: Feeds) -> int:
+        """Count the rows of a feed; 1 if no input has a batch axis."""
+        return next((len(feeds[name]) for name in batched(self.inputs)), 1)
+
+    def _fit(self, feeds: Feeds, labels: Any) -> Batch:
+        declared = {i.name for i in self.inputs}
+        if feeds.keys() != declared:
+            raise DataError(
+                f"{self.name}: gives {quoted(feeds)}, but the model takes {quoted(declared)}"
+            )
+        fitted = {i.name: _cast(feeds[i.name], i, self.name) for i in self.inputs}
+        for i in self.inputs:
+            check_shape(fitted[i.name].shape, i, self.inputs, self.name)
+        rows = count_rows(fitted, self.inputs, self.name)
+        size = fixed_batch(self.inputs) or rows
+        if rows > size:
+            raise DataError(f"{self.name}: gives {rows} samples at once; the model takes {size}")
+        if rows < size:
+            fitted = self.resize(fitted, size)
+        if labels is not None:
+            labels = class_numbers(labels, rows, self.name)
+        return Batch(fitted, labels, rows)
+
+
+def batched(inputs: Sequence[Input]) -> list[str]:
+    """Inputs whose first axis counts samples: the open ones, else those as long as the first."""
+    ranked = [i for i in inputs if i.shape]
+    opened = [i.name for i in ranked if not isinstance(i.shape[0], int)]
+    return opened or [i.name for i in ranked if i.shape[0] == ranked[0].shape[0]]
+
+
+def fixed_batch(inputs: Sequence[Input]) -> int | None:
+    """The batch size that a model with these inputs demands, None if any will do."""
+    sizes = [i.shape[0] for i in inputs if i.name in batched(inputs)]
+    return sizes[0] if sizes and isinstance(sizes[0], int) else None
+
+
+def check_shape(
+    shape: Sequence[int], declared: Input, inputs: Sequence[Input], source: str
+) -> None:
+    """Check the shape of the array for one of `inputs`, its axis that counts samples aside.
+
+    Raises:
+        DataError: it does not fit.
+    """
+    counts = declared.name in batched(inputs)
+    expected = ("N", *declared.shape[1:]) if counts else declared.shape
+    if not fits(shape, expected):
+        raise misfit(source, declared.name, shape, _text(expected))
+
+
+def count_rows(arrays: Feeds, inputs: Sequence[Input], source: str) -> int:
+    """Count the samples.
+
+    Raises:
+        DataError: none, or not equally many for all inputs.
+    """
+    counts = {name: len(arrays[name]) for name in batched(inputs)}
+    if len(set(counts.values())) > 1:
+        text = ", ".join(f"{count} of '{name}'" for name, count in counts.items())
+        raise DataError(f"{source}: samples differ in number: {text}")
+    rows = next(iter(counts.values()), 1)
+    if rows == 0:
+        raise DataError(f"{source}: has no samples")
+    return rows
+
+
+def class_numbers(labels: Any, samples: int, source: str) -> Labels:
+    """Labels as int64 [samples].
+
+    Raises:
+        DataError: not integers, or not one for each sample.
+    """
+    numbers: Array = np.asarray(labels)
+    if numbers.dtype.kind not in "iu" or numbers.ndim == 0 or numbers.size != len(numbers):
+        raise DataError(
+            f"{source}: labels are {numbers.dtype} {list(numbers.shape)}; wanted are integers, one "
+            "class number for each sample"
+        )
+    if len(numbers) != samples:
+        raise DataError(f"{source}: {len(numbers)} labels for {samples} samples")
+    return numbers.reshape(-1).astype(np.int64)
+
+
+def fits(shape: Sequence[int], expected: Sequence[int | str | None]) -> bool:
+    """Whether a shape is as declared; open axes take any size."""
+    return len(shape) == len(expected) and all(
+        size == want or not isinstance(want, int)
+        for size, want in zip(shape, expected, strict=True)
+    )
+
+
+def misfit(source: str, name: str, shape: Sequence[int], expected: str) -> DataError:
+    """The error for an array that does not fit its input."""
+    return DataError(f"{source}: '{name}' has shape {_text(shape)}, but the model takes {expected}")
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Names as messages give them."""
+    return ", ".join(f"'{name}'" for name in sorted(names)) or "nothing"
+
+
+def _cast(value: Array, declared: Input, source: str) -> Array:
+    """The array in the input's type, if that loses no more than precision.
+
+    Raises:
+        DataError: another kind of numbers, NaN or infinity.
+    """
+    array = np.asarray(value)
+    if not np.can_cast(array.dtype, declared.dtype, "same_kind"):
+        raise DataError(
+            f"{source}: '{declared.name}' is {array.dtype}, but the model takes {declared.dtype}"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DataError(f"{source}: '{declared.name}' holds NaN or infinity; clean the samples")
+    return np.asarray(array, dtype=declared.dtype, order="C")
+
+
+def _text(shape: Sequence[int | str | None]) -> str:
+    return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"

@@ -1,0 +1,145 @@
+"""Two models that take the same inputs: their outputs, latencies and file sizes."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from pwopt import runtime
+from pwopt.cost import tensor_bytes
+from pwopt.data import Batch, Samples
+from pwopt.errors import ModelError
+from pwopt.model import Model
+
+Feeds = Mapping[str, npt.NDArray[Any]]
+Outputs = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Median latencies of one run, interleaved; the speed-up's 95 % interval by bootstrap."""
+
+    threads: int
+    batch: int
+    original_ms: float
+    rewritten_ms: float
+    speedup: float
+    speedup_ci95: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two models, and what onnxruntime loads it from."""
+
+    model: Model
+    source: Model | Path
+
+    @classmethod
+    def open(cls, model: Model | str | Path) -> "Side":
+        """Load the model if need be.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        if isinstance(model, Model):
+            return cls(model, model)
+        return cls(Model.load(model), Path(model))
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.model.name
+
+    def file_bytes(self) -> int:
+        """Bytes of the file, external weights included; of a Model, those it would have."""
+        proto = self.model.to_proto() if isinstance(self.source, Model) else self.model.proto
+        own = proto.ByteSize() if isinstance(self.source, Model) else self.source.stat().st_size
+        external = sum(
+            tensor_bytes(prod(t.dims), helper.tensor_dtype_to_np_dtype(t.data_type))
+            for t in proto.graph.initializer
+            if t.data_location == TensorProto.EXTERNAL
+        )
+        return own + external
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A model and its rewrite."""
+
+    original: Side
+    rewritten: Side
+
+    def outputs(self, samples: Samples) -> Iterator[tuple[Batch, Outputs, Outputs]]:
+        """Run both on all samples, with all cores; rows that filled up a batch are cut off.
+
+        Raises:
+            DataError: samples that do not fit.
+            ModelError: a model that cannot be run, or whose outputs differ in name, type or shape.
+        """
+        before, after = self._sessions(_cores())
+        for batch in samples:
+            rows = samples.rows(batch.feeds)
+            a = runtime.run(before, batch.feeds, name=self.original.name)
+            b = runtime.run(after, batch.feeds, name=self.rewritten.name)
+            for name in a:
+                if a[name].shape != b[name].shape:
+                    raise ModelError(
+                        f"{self.rewritten.name}: its output '{name}' has shape "
+                        f"{list(b[name].shape)}, that of {self.original.name} "
+                        f"{list(a[name].shape)}; compare a model with its own rewrite"
+                    )
+            yield batch, _cut(a, rows, batch.samples), _cut(b, rows, batch.samples)
+
+    def latency(self, feeds: Feeds, *, batch: int, threads: int, seed: int) -> Latency:
+        """Time both on one feed, whose `batch` rows are reported."""
+        timing = runtime.interleave(self._sessions(threads), feeds)
+        original_ms, rewritten_ms = timing.median_ms
+        speedup = timing.speedup(0, 1, seed=seed)
+        return Latency(threads, batch, original_ms, rewritten_ms, speedup.ratio, speedup.ci95)
+
+    def _sessions(self, threads: int) -> list[ort.InferenceSession]:
+        """Load both; they must have the same inputs, and outputs of the same names and types."""
+        sides = (self.original, self.rewritten)
+        sessions = [runtime.session(side.source, threads=threads) for side in sides]
+        for what, (a, b) in (
+            ("inputs", [_signature(s.get_inputs(), shapes=True) for s in sessions]),
+            ("outputs", [_signature(s.get_outputs(), shapes=False) for s in sessions]),
+        ):
+            if a != b:
+                raise ModelError(
+                    f"{self.rewritten.name}: its {what} ({b}) are not those of "
+                    f"{self.original.name} ({a}); compare a model with its own rewrite"
+                )
+        return sessions
+
+
+def _cut(outputs: Outputs, rows: int, samples: int) -> Outputs:
+    """Drop the rows that filled the batch up."""
+    if rows == samples:
+        return outputs
+    return {
+        name: value[:samples] if value.ndim and len(value) == rows else value
+        for name, value in outputs.items()
+    }
+
+
+def _signature(arguments: Sequence[Any], *, shapes: bool) -> str:
+    texts = []
+    for argument in arguments:
+        sizes = ",".join(str(d) if isinstance(d, int) else "?" for d in argument.shape)
+        texts.append(f"{argument.name}: {argument.type}" + (f"[{sizes}]" if shapes else ""))
+    return "; ".join(sorted(texts))
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
