@@ -38,8 +38,8 @@ class Bottleneck(Pass):
 
     Options:
         rank: channels of the bottleneck
-        sides: where the 1×1 goes: input, output, both, or auto, which takes per layer the sides
-            that lose least energy per MAC saved
+        sides: where the 1×1 goes: input, output, both, or auto, which takes per layer the form
+            that keeps most energy of those that make it twice as fast, if any does
         min_channels: input channels from which a convolution counts as wide
     """
 

@@ -91,7 +91,7 @@ class Comparison:
         samples: int,
         labels: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        """Add a batch: outputs of the same names and shapes; labels [samples] below the classes."""
+        """Add a batch: outputs of the same names and shapes, and class numbers [samples]."""
         self.samples += samples
         for name in before:
             self._differences[name].add(before[name], after[name])

@@ -156,12 +156,12 @@ class Model:
         proto = self.to_proto()
         self.check()
         with ExitStack() as undo:
-            if self._has_external_data or proto.ByteSize() > PROTOBUF_LIMIT:
+            data = None if _external_tensors(self.proto) else _serialized(proto)
+            if data is None:
                 _write_external(proto, self.folder, path, undo)
-            try:
-                data = proto.SerializeToString()
-            except (EncodeError, ValueError) as error:
-                raise ModelError(f"{path}: larger than 2 GB even without its weights") from error
+                data = _serialized(proto)
+            if data is None:
+                raise ModelError(f"{path}: larger than 2 GB even without its weights")
             with atomic_write(path) as file:
                 file.write(data)
             undo.pop_all()
@@ -175,13 +175,18 @@ class Model:
         proto = self.to_proto()
         for tensor in _external_tensors(proto):
             tensor.CopyFrom(with_data(tensor, self.folder))
-        if proto.ByteSize() > PROTOBUF_LIMIT:
+        if _serialized(proto) is None:
             raise ModelError(f"{self.name}: larger than 2 GB; save it and use the file")
         return proto
 
-    @property
-    def _has_external_data(self) -> bool:
-        return bool(_external_tensors(self.proto))
+
+def _serialized(proto: ModelProto) -> bytes | None:
+    """Return the bytes of a model file; None if that is more than one message may be."""
+    try:
+        data = proto.SerializeToString()
+    except (EncodeError, ValueError):
+        return None
+    return data if len(data) <= PROTOBUF_LIMIT else None
 
 
 def _skeleton(proto: ModelProto, folder: str) -> ModelProto:

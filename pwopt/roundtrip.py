@@ -262,10 +262,10 @@ class _Writer:
         proto.output.extend(_write_values(graph.outputs, before.output, origin))
 
         gone = {n for n, t in origin.tensors.items() if id(t) in origin.defined - defined}
-        described = [info for info in before.value_info if info.name not in gone]
-        for info in described:
-            tensor = origin.tensors[info.name]
-            proto.value_info.append(_write_value(info, tensor, origin.types[id(tensor)]))
+        for info in before.value_info:
+            if info.name not in gone:
+                tensor = origin.tensors[info.name]
+                proto.value_info.append(_write_value(info, tensor, origin.types[id(tensor)]))
         proto.quantization_annotation.extend(
             _write_annotation(annotation, origin.tensors)
             for annotation in before.quantization_annotation
@@ -274,11 +274,8 @@ class _Writer:
 
     def _constants(self, origin: _GraphOrigin, outer: set[int]) -> list[gs.Constant]:
         """List the constants a graph defines: its old ones but those orphaned, then new ones."""
-        constants = {
-            id(constant): constant
-            for constant in origin.constants()
-            if id(constant) in self.used | origin.unused
-        }
+        kept = self.used | origin.unused
+        constants = {id(c): c for c in origin.constants() if id(c) in kept}
         read = [tensor for node in origin.graph.nodes for tensor in node.inputs]
         for tensor in (*read, *origin.graph.outputs):
             if isinstance(tensor, gs.Constant):

@@ -478,10 +478,6 @@ BAD = {
         proto(lambda m: m.graph.initializer.append(m.graph.initializer[0])),
         "w initializer name is not unique",
     ),
-    "short weight": (
-        proto(lambda m: setattr(m.graph.initializer[0], "raw_data", b"1")),
-        "raw_data size (1 bytes) is too small",
-    ),
 }
 
 

@@ -25,9 +25,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plugin")
     source = folder / "source"  # setuptools builds in place
     shutil.copytree(PLUGIN, source)
-    install = "pip install --quiet --no-index --no-deps --no-build-isolation --target".split()
-    subprocess.run([sys.executable, "-m", *install, folder / "site", source], check=True)
-    return folder / "site"
+    site = folder / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*install, "--no-build-isolation", "--target", site, source], check=True)
+    return site
 
 
 def pwopt(site: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import click
 
+RANK = 32
+
 
 @click.command(name="demo")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default="pwopt-demo")
-@click.pass_context
-def command(ctx: click.Context, folder: Path) -> None:
+def command(folder: Path) -> None:
     """Analyze, rewrite and check a small trained network; its files go to FOLDER."""
+    import shlex
     import shutil
 
     from pwopt.cli import analyze, check, rewrite
@@ -18,10 +20,12 @@ def command(ctx: click.Context, folder: Path) -> None:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        model = Path(shutil.copy(DEMO_MODEL, folder))
-        samples = Path(shutil.copy(DEMO_EVALUATION, folder))
+        model = shutil.copyfile(DEMO_MODEL, folder / "naive_inception.onnx")
+        samples = shutil.copyfile(DEMO_EVALUATION, folder / "eval.npz")
     except OSError as error:
-        raise PwoptError(f"{folder}: cannot be written ({error.strerror})") from error
+        raise PwoptError(
+            f"{folder}: cannot be written ({error.strerror or error}); name another folder"
+        ) from error
     output = folder / "naive_inception.pwopt.onnx"
     steps: list[tuple[click.Command, list[str]]] = [
         (analyze.command, [str(model), "--bottleneck", str(RANK)]),
@@ -29,8 +33,6 @@ def command(ctx: click.Context, folder: Path) -> None:
         (check.command, [str(model), str(output), "--data", str(samples), "--preprocess", "unit"]),
     ]
     for step, arguments in steps:
-        click.secho(f"\n$ pwopt {step.name} {' '.join(arguments)}\n", bold=True)
+        shown = shlex.join(["pwopt", str(step.name), *arguments])
+        click.secho(f"\n$ {shown}\n", bold=True)
         step.main(arguments, prog_name=f"pwopt {step.name}", standalone_mode=False)
-
-
-RANK = 32

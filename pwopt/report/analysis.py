@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pwopt.analysis import Analysis, Candidate, Layer
+from pwopt.report.console import PLAIN_WIDTH, stdout
+from pwopt.report.units import scaled
 
-_PLAIN_WIDTH = 120  # where there is no terminal whose width would tell
 _NAME_WIDTHS = (16, 32)  # of the layer column: at least, at most
 _OTHER_COLUMNS = 86  # what the others want, so that nothing wraps
 _ALIKE = 3  # layers left alone for one reason are listed one by one up to this many
@@ -27,15 +28,15 @@ def text(analysis: Analysis, style: str) -> str:
         return json.dumps(to_dict(analysis), indent=2, ensure_ascii=False) + "\n"
     if style == "csv":
         return _csv(analysis)
-    console = Console(file=io.StringIO(), width=_PLAIN_WIDTH, color_system=None)
+    console = Console(file=io.StringIO(), width=PLAIN_WIDTH, color_system=None)
     with console.capture() as capture:
-        console.print(_renderable(analysis, _PLAIN_WIDTH))
+        console.print(_renderable(analysis, PLAIN_WIDTH))
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
 def show(analysis: Analysis) -> None:
     """Print the table on stdout: in colour on a terminal, plain where it is piped."""
-    console = Console()
+    console = stdout()
     if console.is_terminal:
         console.print(_renderable(analysis, console.width))
     else:
@@ -133,8 +134,8 @@ def _amounts(layers: Sequence[Layer], measured: bool) -> list[str]:
     share = _total([layer.mac_share for layer in layers])
     time = _total([layer.time_ms for layer in layers])
     amounts = [
-        _scaled(sum(layer.params for layer in layers)),
-        "?" if macs is None else _scaled(macs),
+        scaled(sum(layer.params for layer in layers)),
+        "?" if macs is None else scaled(macs),
         "?" if share is None else f"{share:.1%}",
     ]
     return [*amounts, "" if time is None else f"{time:.3f}"] if measured else amounts
@@ -155,7 +156,7 @@ def _summary(analysis: Analysis) -> str:
         before = analysis.totals.macs
         after = before - sum(layer.saved_macs for layer in found)
         which = "the one candidate" if len(found) == 1 else f"all {len(found)} candidates"
-        lines.append(f"Splitting {which} would leave {_scaled(after)} of {_scaled(before)} MACs.")
+        lines.append(f"Splitting {which} would leave {scaled(after)} of {scaled(before)} MACs.")
         if analysis.run_ms is not None:
             saved = sum(layer.saved_ms for layer in found)
             lines[-1] += f" It should save {saved:.2f} of {analysis.run_ms:.2f} ms."
@@ -171,15 +172,6 @@ def _summary(analysis: Analysis) -> str:
 def _total(amounts: Sequence[float | None]) -> float | None:
     known = [amount for amount in amounts if amount is not None]
     return sum(known) if known else None
-
-
-def _scaled(amount: float) -> str:
-    """Three digits and a unit: 12.3 M."""
-    for factor, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if amount >= factor:
-            scaled = amount / factor
-            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}{unit}"
-    return f"{amount:.0f}"
 
 
 def _short(name: str, width: int) -> str:

@@ -54,8 +54,8 @@ def print_table(result: Rewritten) -> None:
         splits = [event for event in rewrote if _SPLIT <= event.data.keys()]
         if splits:
             console.print(_splits(splits))
-        console.print(_reasons([event for event in rewrote if event not in splits]))
-        console.print(_reasons(skipped))
+        console.print(_reasons([event for event in rewrote if event not in splits], "×"))
+        console.print(_reasons(skipped, "left:"))
     console.print(_sizes(result.before, result.after))
     if not result.changed:
         console.print("Nothing was rewritten; the model is written as it came.")
@@ -83,7 +83,7 @@ def _splits(events: list[Event]) -> Table:
     return table
 
 
-def _reasons(events: list[Event]) -> Table:
+def _reasons(events: list[Event], what: str) -> Table:
     """One line a reason, with the first places; further lines of it are indented."""
     table = Table.grid(padding=(0, 1))
     table.add_column(justify="right", no_wrap=True)
@@ -91,7 +91,7 @@ def _reasons(events: list[Event]) -> Table:
     for reason, alike in _grouped(events):
         places = ", ".join(event.where for event in alike[:_PLACES])
         more = ", …" if len(alike) > _PLACES else ""
-        table.add_row(f"{len(alike):>5} ×", f"{reason} ({places}{more})")
+        table.add_row(f"{len(alike):>5} {what}", f"{reason} ({places}{more})")
     return table
 
 

@@ -339,8 +339,8 @@ def test_auto_takes_the_side_that_loses_nothing() -> None:
 
 
 def test_auto_chooses_for_each_layer() -> None:
-    weights = {f"w{i}": low_rank((32, 32, 3, 3), s, 8) for i, s in ((1, "input"), (2, "output"))}
-    events = apply(parse(TWO, weights), AUTO).events
+    weights = {f"w{i}": low_rank((64, 64, 3, 3), s, 8) for i, s in ((1, "input"), (2, "output"))}
+    events = apply(parse(TWO.replace("32", "64"), weights), AUTO).events
     assert [e.data["sides"] for e in events] == ["input", "output"]
 
 
@@ -384,8 +384,8 @@ def test_a_weight_that_two_layers_share_stays_shared() -> None:
 def test_a_shared_weight_is_split_anew_where_another_side_is_better() -> None:
     # At this stride a 1×1 in front, at full resolution, would cost more than it saves.
     model = parse(
-        SHARED.replace("dilations=[2,2]", "strides=[12,12]"),
-        {"w": low_rank((32, 32, 3, 3), "input", 8)},
+        SHARED.replace("32", "64").replace("dilations=[2,2]", "strides=[12,12]"),
+        {"w": low_rank((64, 64, 3, 3), "input", 8)},
     )
     outcome = apply(model, AUTO)
     first, second = (event.data["sides"] for event in outcome.events)

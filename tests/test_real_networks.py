@@ -1,0 +1,108 @@
+"""The whole job on networks that other people trained: analyze, rewrite, check."""
+
+import json
+import runpy
+import shutil
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from helpers import ASSETS, needs_assets
+
+from pwopt import runtime
+from pwopt.cli import main
+
+pytestmark = needs_assets
+
+CIFAR_IMAGES = 200
+IMAGENET_IMAGES = 50
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, how it is judged, and what must come out."""
+
+    name: str
+    rank: int
+    preprocess: str
+    params: int
+    macs: int
+    accuracy: tuple[float, float]  # per cent, of a sample of the images
+    rewritten: int  # layers split at the rank
+
+    @property
+    def imagenet(self) -> bool:
+        return self.name.endswith("imagenet")
+
+
+NETWORKS = [
+    Network("vgg16_cifar10", 64, "unit", 14_984_522, 313_463_808, (87, 97), 12),
+    Network("smallvgg_cifar10", 32, "raw", 0, 0, (82, 93), 5),
+    Network("resnet56_cifar10", 16, "unit", 0, 0, (88, 98), 0),
+    Network("resnet50_imagenet", 64, "caffe", 0, 0, (80, 98), 0),
+]
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the latency for a moment only."""
+    monkeypatch.setattr(
+        runtime, "interleave", partial(runtime.interleave, seconds=0.1, min_rounds=3)
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder with a part of the images, and room for models."""
+    folder = tmp_path_factory.mktemp("networks")
+    with np.load(ASSETS / "data" / "cifar10_val.npz") as whole:
+        np.savez(folder / "cifar10", **{k: whole[k][:CIFAR_IMAGES] for k in whole.files})
+    source = ASSETS / "data" / "imagenet_sample"
+    header, *rows = (source / "labels.csv").read_text().splitlines()
+    rows = rows[:: len(rows) // IMAGENET_IMAGES][:IMAGENET_IMAGES]
+    (folder / "imagenet").mkdir()
+    (folder / "imagenet" / "labels.csv").write_text("\n".join([header, *rows]))
+    for row in rows:
+        shutil.copy(source / row.split(",")[0], folder / "imagenet")
+    return folder
+
+
+def model_file(network: Network, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the network is; its own script unpacks the one that is stored in halves."""
+    if not network.imagenet:
+        return ASSETS / "models" / f"{network.name}.onnx"
+    path = folder / f"{network.name}.onnx"
+    if not path.exists():
+        monkeypatch.setattr(sys, "argv", ["unpack.py", str(folder)])
+        runpy.run_path(str(ASSETS / "unpack.py"), run_name="__main__")
+    return path
+
+
+def pwopt(*arguments: object) -> Any:
+    result = CliRunner().invoke(main, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.name)
+def test_the_three_commands(
+    network: Network, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_file(network, files, monkeypatch)
+    output = tmp_path / "rewritten.onnx"
+    analysis = pwopt("analyze", model, "--bottleneck", network.rank)
+    result = pwopt("rewrite", model, "--bottleneck", network.rank, "-o", output)
+    data = files / ("imagenet" if network.imagenet else "cifar10.npz")
+    verdict = pwopt("check", model, output, "--data", data, "--preprocess", network.preprocess)
+
+    onnx.checker.check_model(output, full_check=True)
+    print(network.name, analysis["totals"], result["before"], result["after"],
+          verdict["accuracy"], verdict["agreement"], verdict["latency"],
+          [l["name"] for l in analysis["layers"] if l["candidate"]], verdict["equivalence"])
+    assert 0

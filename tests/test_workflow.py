@@ -1,0 +1,227 @@
+"""`pwopt.rewrite` from Python, on every network of the literature."""
+
+import dataclasses
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from helpers import parse, random_feeds, run
+
+import pwopt
+from pwopt.errors import ModelError, PwoptError, SpecError
+from pwopt.models import BUILDERS
+from pwopt.passes.bottleneck import Bottleneck
+from pwopt.passes.fold_affine import FoldAffine
+from pwopt.rewriting import Timing
+
+SQUARE = """
+    net (float[N,64,8,8] x) => (float[N,64,8,8] y)
+    <float[64,64,3,3] w, float[64] scale, float[64] shift, float[64] mean, float[64] var>
+    { c = Conv<pads=[1,1,1,1]>(x, w)  y = BatchNormalization(c, scale, shift, mean, var) }
+"""
+
+
+def test_the_input_stays_as_it_is() -> None:
+    model = parse(SQUARE)
+    before = model.to_proto().SerializeToString(deterministic=True)
+    result = pwopt.rewrite(model, bottleneck=16)
+    assert result.changed
+    assert model.to_proto().SerializeToString(deterministic=True) == before
+    assert not model.metadata()
+    assert result.model is not model
+
+
+def test_edits_made_before_count() -> None:
+    model = parse(SQUARE)
+    [*FoldAffine().apply(model, pwopt.Context())]
+    result = pwopt.rewrite(model, bottleneck=16)
+    assert [report.rewrote for report in result.reports] == [0, 1]
+
+
+def test_a_file_or_a_model(tmp_path: Path) -> None:
+    model = parse(SQUARE)
+    path = tmp_path / "net.onnx"
+    model.save(path)
+    protos = [
+        pwopt.rewrite(source, bottleneck=16).model.to_proto()
+        for source in (model, path, str(path), pwopt.Model.load(path))
+    ]
+    assert all(proto == protos[0] for proto in protos[1:])
+    with pytest.raises(ModelError, match="no such file"):
+        pwopt.rewrite(tmp_path / "missing.onnx", bottleneck=16)
+
+
+@pytest.mark.parametrize("options", [{}, {"bottleneck": 8, "pipeline": "fold-affine"}])
+def test_either_a_bottleneck_or_a_pipeline(options: dict[str, object]) -> None:
+    with pytest.raises(SpecError, match="either a bottleneck rank or a pipeline"):
+        pwopt.rewrite(parse(SQUARE), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rank", [0, -1, 65])
+def test_a_rank_that_fits_nothing(rank: int) -> None:
+    with pytest.raises(SpecError, match="rank"):
+        pwopt.rewrite(parse(SQUARE), bottleneck=rank)
+
+
+def test_a_pipeline_as_text_or_object() -> None:
+    model = parse(SQUARE)
+    steps = pwopt.Pipeline((FoldAffine(), Bottleneck(rank=16, sides="both")))
+    results = [
+        pwopt.rewrite(model, pipeline=steps),
+        pwopt.rewrite(model, pipeline=str(steps)),
+        pwopt.rewrite(model, bottleneck=16, sides="both"),
+    ]
+    assert {str(result.pipeline) for result in results} == {str(steps)}
+    assert all(r.model.to_proto() == results[0].model.to_proto() for r in results)
+    assert results[0].reports == results[1].reports == results[2].reports
+
+
+def test_an_empty_pipeline_changes_nothing() -> None:
+    model = parse(SQUARE)
+    result = pwopt.rewrite(model, pipeline=pwopt.Pipeline(()))
+    assert not result.changed
+    assert result.reports == ()
+    assert result.model.to_proto() == model.to_proto()
+
+
+def test_observers_watch_every_pass() -> None:
+    class Notes(pwopt.Observer):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def before(self, step: pwopt.Pass, model: pwopt.Model) -> None:
+            self.notes.append(f"before {step.name}: {len(model.graph.nodes)}")
+
+        def after(self, step: pwopt.Pass, model: pwopt.Model, report: pwopt.PassReport) -> None:
+            self.notes.append(f"after {report.name}: {len(model.graph.nodes)}")
+
+    watching, timing = Notes(), Timing()
+    pwopt.rewrite(parse(SQUARE), bottleneck=16, sides="input", observers=[watching, timing])
+    assert watching.notes == [
+        "before fold-affine: 2",
+        "after fold-affine: 1",
+        "before bottleneck: 1",
+        "after bottleneck: 2",
+    ]
+    assert [name for name, _ in timing.seconds] == ["fold-affine", "bottleneck"]
+
+
+def test_a_pass_that_breaks_the_model_is_named() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Breaker(pwopt.Pass):
+        name = "breaker"
+        exact = True
+
+        def apply(self, model, context):  # type: ignore[no-untyped-def]
+            model.graph.nodes[0].op = "Frobnicate"
+            yield pwopt.Event("rewrote", "c", "broken")
+
+    with pytest.raises(PwoptError, match="after pass 'breaker'"):
+        pwopt.rewrite(parse(SQUARE), pipeline=pwopt.Pipeline((FoldAffine(), Breaker())))
+
+
+def test_shapes_decide_the_counts() -> None:
+    text = SQUARE.replace("N,64,8,8", "N,64,H,W")
+    for side in (8, 16):
+        result = pwopt.rewrite(parse(text), bottleneck=16, shapes={"x": (1, 64, side, side)})
+        assert result.before.macs == side**2 * 9 * 64 * 64
+        assert result.after.macs == pwopt.analyze(
+            result.model, shapes={"x": (1, 64, side, side)}
+        ).totals.macs
+    with pytest.raises(SpecError, match="no input 'z'"):
+        pwopt.rewrite(parse(text), bottleneck=16, shapes={"z": (1, 64, 8, 8)})
+
+
+def test_before_and_after_are_the_sizes_of_the_two_models() -> None:
+    model = parse(SQUARE)
+    result = pwopt.rewrite(model, bottleneck=16, sides="input")
+    assert result.before == pwopt.analyze(model).totals
+    assert result.after == pwopt.analyze(result.model).totals
+    # The batch normalization becomes a bias.
+    assert result.after.params == 64 * 16 + 16 * 64 * 9 + 64
+    assert result.after.macs == 64 * (64 * 16 + 16 * 64 * 9)
+    assert (result.before.nodes, result.after.nodes) == (2, 2)
+
+
+# -- every network ----------------------------------------------------------------------------
+
+RANK = 4
+
+# Small variants, as in tests/models/test_builders.py.
+SMALL: dict[str, dict[str, int]] = {
+    "project_features": {"size": 16, "width": 32},
+    "decrease_features": {"size": 16, "width": 32, "projection": 4},
+    "increase_features": {"size": 16, "width": 32, "projection": 64},
+    "seven_by_seven": {"size": 8, "in_channels": 32, "channels": 4},
+    "seven_by_seven_reduced": {"size": 8, "in_channels": 32, "bottleneck": 4, "channels": 4},
+    "twenty_filters": {"size": 20},
+    "network_in_network": {"width": 24},
+    "googlenet": {"size": 64, "classes": 10},
+    "resnet50": {"size": 64, "width": 8, "classes": 10},
+    "squeezenet": {"size": 64, "classes": 10},
+    "densenet121": {"size": 64, "growth": 8, "classes": 10},
+    "vgg16": {"size": 32, "width": 8, "classes": 10},
+}
+
+
+def build(name: str) -> pwopt.Model:
+    return pwopt.Model(BUILDERS[name](**SMALL.get(name, {})))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_network_survives(name: str) -> None:
+    model = build(name)
+    widest = max(
+        (max(w.dims[:2]) for w in model.proto.graph.initializer if len(w.dims) == 4), default=RANK
+    )
+    result = pwopt.rewrite(model, bottleneck=min(RANK, widest))
+    proto = result.model.to_proto()
+    onnx.checker.check_model(proto, full_check=True)
+    assert result.after.macs <= result.before.macs
+    assert result.after.params <= result.before.params
+    assert proto.graph.input == model.proto.graph.input
+    assert proto.graph.output == model.proto.graph.output
+
+    feeds = random_feeds(model, batch=1)
+    before, after = run(model, feeds), run(result.model, feeds)
+    assert [array.shape for array in after] == [array.shape for array in before]
+    assert all(np.isfinite(array).all() for array in after)
+    if not any(event.kind == "rewrote" for event in result.reports[-1].events):
+        for ours, theirs in zip(after, before, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", sorted({*BUILDERS} - {"worked_example"}))
+def test_what_analyze_proposes_is_what_rewrite_does(name: str) -> None:
+    folded = pwopt.rewrite(build(name), pipeline="fold-affine").model
+    analysis = pwopt.analyze(folded, bottleneck=RANK)
+    proposed = {
+        layer.output: (found.sides, found.rank, found.macs, found.params)
+        for layer in analysis.layers
+        if (found := layer.candidate)
+    }
+    declined = {
+        layer.output: layer.why_not
+        for layer in analysis.layers
+        if layer.why_not and layer.op == "Conv"
+    }
+    result = pwopt.rewrite(folded, bottleneck=RANK)
+    assert result.reports[0].rewrote == 0  # all affines were folded before
+    events = result.reports[1].events
+    done = {
+        event.where: tuple(event.data[key] for key in ("sides", "rank", "macs", "params"))
+        for event in events
+        if event.kind == "rewrote"
+    }
+    assert done == proposed
+    assert {e.where: e.reason for e in events if e.kind == "skipped"} == declined
+
+    saved = sum(layer.saved_macs for layer in analysis.layers)
+    assert result.after.macs == analysis.totals.macs - saved
+    split = {layer.output: layer.params for layer in analysis.layers if layer.candidate}
+    saved_params = sum(params - proposed[where][3] for where, params in split.items())
+    assert result.after.params == analysis.totals.params - saved_params
+    weights = (w for w in result.model.to_proto().graph.initializer if w.data_type == 1)
+    assert result.after.params == sum(prod(w.dims) for w in weights)
