@@ -34,12 +34,12 @@ from pwopt.rewriting import Context, Event, Pass
 
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck(Pass):
-    """Split wide k×k convolutions with 1×1 convolutions, initialised by SVD.
+    """Split wide k×k convolutions with 1×1 bottlenecks, by SVD.
 
     Options:
         rank: channels of the bottleneck
         sides: where the 1×1 goes: input, output, both, or auto, which takes per layer the form
-            that keeps most energy of those that make it twice as fast, if any does
+            that keeps most energy of those that make it 1.5 times as fast, if any does
         min_channels: input channels from which a convolution counts as wide
     """
 

@@ -31,7 +31,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class FoldAffine(Pass):
-    """Fold BatchNormalization, Mul and Add behind Conv and Gemm into weight and bias."""
+    """Fold per-channel constants into the Conv or Gemm before them."""
 
     name: ClassVar[str] = "fold-affine"
     exact: ClassVar[bool] = True

@@ -4,6 +4,7 @@
 is proposed is what is done.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +31,9 @@ MIN_CHANNELS = 32
 
 LEAST_SPEEDUP = 1.1
 """A split at a given rank must promise this much, or the layer stays as it is."""
+
+ENOUGH = 1.5
+"""Among the forms of a split, those that make the layer this much faster come first."""
 
 AIM = 2.0
 """Where no rank is given, the largest rank that makes the layer this many times faster is it."""
@@ -235,8 +239,15 @@ def candidate(
         return "has a 1×1 bottleneck already"
     if weight.dtype.kind != "f":
         return f"weight is {weight.dtype.name}: only float16, float32 and float64 are split"
+    where = f"{model.name}: layer '{_name(node)}'"
     conv = _conv_size(node, weight, shapes)
-    energy = _KeptEnergy(weight, f"{model.name}: layer '{_name(node)}'")
+    read = _shape(node.inputs[0], shapes)
+    if read is not None and read[1] not in (None, conv.in_channels):
+        raise ModelError(
+            f"{where}: its weight is for {conv.in_channels} input channels, but its input has "
+            f"{read[1]}; export the model again"
+        )
+    energy = _KeptEnergy(weight, where)
     return propose(conv, energy, rank=rank, sides=sides, min_channels=min_channels)
 
 
@@ -256,15 +267,15 @@ def propose(
             for splits that pay.
         rank: Rank of the split, which must make the layer `LEAST_SPEEDUP` faster; None takes, for
             each side, the largest multiple of the kernel block that makes it `AIM` faster.
-        sides: One form of split, or `auto`: of the splits that make the layer `AIM` faster, or of
-            all that pay if none does, the one that keeps most of the weight's energy.
+        sides: One form of split, or `auto`: of the splits that make the layer `ENOUGH` faster, or
+            of all that pay if none does, the one that keeps most of the weight's energy.
         min_channels: Input channels from which a convolution is worth a split.
     """
     reason = _unsplittable(conv, min_channels)
     if reason:
         return reason
     choices: tuple[Sides, ...] = ("input", "output", "both") if sides == "auto" else (sides,)
-    tried = [split for choice in choices for split in _splits(conv, choice, rank)]
+    tried = [split for choice in choices if (split := _split(conv, choice, rank))]
     options = [
         Candidate(s.sides, s.rank, s.macs, s.params, s.speedup, energy(s.sides, s.rank))
         for s in tried
@@ -281,10 +292,9 @@ def propose(
 def _merit(option: Candidate) -> tuple[bool, float, int]:
     """Order the forms of a split: fast enough, then faithful (to six digits), then cheap.
 
-    Compared with other orders, such as energy lost per MAC saved or error × cost, on three trained
-    networks at several ranks: none was better throughout (docs/measured.md).
+    Compared with other orders on three trained networks at several ranks (docs/measured.md).
     """
-    return option.predicted_speedup >= AIM, round(option.kept_energy, 6), -option.macs
+    return option.predicted_speedup >= ENOUGH, round(option.kept_energy, 6), -option.macs
 
 
 def _unsplittable(conv: ConvSize, min_channels: int) -> str | None:
@@ -298,19 +308,17 @@ def _unsplittable(conv: ConvSize, min_channels: int) -> str | None:
     return None
 
 
-def _splits(conv: ConvSize, sides: Sides, rank: int | None) -> Iterator[Split]:
-    """Yield the splits to consider: none, one, or from the highest rank to the first that pays."""
+def _split(conv: ConvSize, sides: Sides, rank: int | None) -> Split | None:
+    """Return the split to consider, if any: at `rank`, or at the highest rank that pays."""
     widths = {"input": conv.in_channels, "output": conv.out_channels}
     limit = widths.get(sides, min(widths.values()))
     if rank is not None:
-        if rank < limit:
-            yield Split(conv, sides, rank)
-        return
-    for r in reversed(range(cost.KERNEL_BLOCK, limit, cost.KERNEL_BLOCK)):
-        split = Split(conv, sides, r)
-        yield split
-        if _pays(split, rank):
-            return
+        return Split(conv, sides, rank) if rank < limit else None
+    ranks = range(cost.KERNEL_BLOCK, limit, cost.KERNEL_BLOCK)
+    if not ranks:
+        return None
+    paying = bisect_left(ranks, True, key=lambda r: not _pays(Split(conv, sides, r), rank))
+    return Split(conv, sides, ranks[max(paying, 1) - 1])
 
 
 def _pays(split: Split, rank: int | None) -> bool:

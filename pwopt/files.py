@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all."""
+"""Files that are mapped to be read, and written whole or not at all."""
 
 import contextlib
+import mmap
 import os
 import secrets
 from collections.abc import Iterator
@@ -8,6 +9,25 @@ from pathlib import Path
 from typing import IO
 
 from pwopt.errors import PwoptError
+
+
+@contextlib.contextmanager
+def mapped(path: Path) -> Iterator[memoryview]:
+    """View the bytes of a file without a copy of them; pipes and the like are read instead.
+
+    The view ends with the block. The file must not be cut meanwhile.
+
+    Raises:
+        OSError: the file cannot be opened or read.
+    """
+    with path.open("rb") as file:
+        try:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError):  # a pipe or device; an empty file
+            yield memoryview(file.read())
+            return
+        with mapping, memoryview(mapping) as view:
+            yield view
 
 
 @contextlib.contextmanager
@@ -25,6 +45,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     try:
         if target.is_dir():
             raise PwoptError(f"{path}: is a folder; name a file to write")
+        if target.exists() and not target.is_file():  # a device or pipe would be replaced
+            raise PwoptError(f"{path}: is not a plain file; name another one to write")
         with temporary.open("xb") as file:  # permissions as the umask says
             if target.exists():
                 temporary.chmod(target.stat().st_mode & 0o777)

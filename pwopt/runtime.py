@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
-from google.protobuf.message import EncodeError
 
 from pwopt.errors import ModelError
-from pwopt.model import PROTOBUF_LIMIT, Model
+from pwopt.model import Model, serialized
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -67,24 +66,17 @@ def _load(source: str | bytes, options: ort.SessionOptions, name: str) -> ort.In
 def _load_proto(
     proto: onnx.ModelProto, options: ort.SessionOptions, model: Model
 ) -> ort.InferenceSession:
-    if model.path is not None:
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(model.path.resolve().parent)
-        )
-    if not _exceeds_protobuf(proto):
-        return _load(proto.SerializeToString(), options, model.name)
+    data = serialized(proto)
+    if data is not None:
+        if model.folder:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", model.folder
+            )
+        return _load(data, options, model.name)
     with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
         path = Path(folder) / "model.onnx"
         Model(proto, path=model.path).save(path)
         return _load(str(path), options, model.name)
-
-
-def _exceeds_protobuf(proto: onnx.ModelProto) -> bool:
-    try:
-        size: int = proto.ByteSize()
-    except EncodeError:  # it cannot even count so far
-        return True
-    return size > PROTOBUF_LIMIT
 
 
 def _first_line(error: Exception) -> str:

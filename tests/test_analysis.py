@@ -11,7 +11,17 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from pwopt import cost
-from pwopt.analysis import AIM, Analysis, Candidate, Layer, analyze, candidate, propose, size
+from pwopt.analysis import (
+    AIM,
+    ENOUGH,
+    Analysis,
+    Candidate,
+    Layer,
+    analyze,
+    candidate,
+    propose,
+    size,
+)
 from pwopt.cost import ConvSize, Sides
 from pwopt.errors import ModelError, SpecError
 from pwopt.model import Model
@@ -103,17 +113,18 @@ def test_auto_keeps_most_energy_of_the_forms_that_are_fast_enough() -> None:
     assert isinstance(fast, Candidate)
     assert (fast.sides, fast.kept_energy) == ("output", 0.8)
 
-    # 64 of 96 output channels save too little; the input side makes it twice as fast.
+    # 64 of 96 output channels save too little; the input side makes it fast enough.
     uneven = conv_size(192, 96)
-    assert cost.Split(uneven, "output", 64).speedup < AIM < cost.Split(uneven, "input", 64).speedup
+    speedups = [cost.Split(uneven, sides, 64).speedup for sides in ("output", "input")]
+    assert speedups[0] < ENOUGH < speedups[1]
     found = propose(uneven, Energies(input=0.7, output=0.9, both=0.6), rank=64)
     assert isinstance(found, Candidate)
     assert found.sides == "input"
 
 
-def test_auto_takes_the_most_faithful_form_where_none_is_twice_as_fast() -> None:
+def test_auto_takes_the_most_faithful_form_where_none_is_fast_enough() -> None:
     conv = conv_size(128, 128)
-    assert cost.Split(conv, "both", 96).speedup < AIM
+    assert cost.Split(conv, "both", 96).speedup < ENOUGH
     found = propose(conv, Energies(input=0.8, output=0.9, both=0.7), rank=96)
     assert isinstance(found, Candidate)
     assert found.sides == "output"

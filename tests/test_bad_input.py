@@ -74,6 +74,14 @@ MODEL_COMMANDS = (
 KNOWN = {
     "check good.onnx good.onnx --data zipped_text.npz": "np.load gives bytes for other files",
     **{
+        f"{command} {name} --bottleneck 8 -o kept": reason
+        for command in ("analyze", "rewrite")
+        for name, reason in (
+            ("overflow.onnx", "the Gram matrix overflows: LinAlgError"),
+            ("wrong_channels.onnx", "nobody compares a weight's channels with its input's"),
+        )
+    },
+    **{
         command.format("latin1.onnx"): "the name of a large weight is not UTF-8"
         for command in MODEL_COMMANDS
     },
@@ -114,6 +122,9 @@ BAD_MODELS = {
 BAD_WEIGHTS = {
     "nan.onnx": ("'wide'", "NaN", "export the model again"),
     "infinite.onnx": ("'wide'", "export the model again"),
+    "overflow.onnx": ("'wide'",),
+    "short_weight.onnx": ("'wide.weight'", "export it again"),
+    "wrong_channels.onnx": ("'wide'", "channels"),
 }
 
 USAGE = [
@@ -282,7 +293,7 @@ DATA = [
         ("bad_feeds:no_array", 1, ("'images'", "float32")),
         ("bad_feeds:nan", 1, ("NaN",)),
         ("bad_feeds:nothing", 1, ("no samples",)),
-            ("a:b:c", 1, ("module:callable",)),
+        ("a:b:c", 1, ("module:callable",)),
     ]
 ] + [
     case(f"check good.onnx good.onnx --data images.npz --preprocess {text}", 2, "--preprocess")
@@ -348,6 +359,10 @@ def test_one_line_says_what_is_wrong_and_no_file_changes(given: Case, here: Path
     line = result.stderr.splitlines()[-1]
     assert [word for word in given.says if word not in line] == []
     assert snapshot(here) == before
+
+
+def test_known_faults_are_in_the_table() -> None:
+    assert KNOWN.keys() <= {case.line for case in CASES}
 
 
 def assert_refused(result: Result, exit_code: int) -> None:
@@ -416,7 +431,8 @@ def process(*arguments: object, **options: object) -> subprocess.CompletedProces
 
 
 @pytest.mark.parametrize(
-    "line", ["analyze missing.onnx", "rewrite random.onnx --bottleneck 8", "check text.onnx empty.onnx"]
+    "line",
+    ["analyze missing.onnx", "rewrite random.onnx --bottleneck 8", "check text.onnx empty.onnx"],
 )
 def test_a_process_exits_alike(line: str, world: Path) -> None:
     done = process(*line.split(), cwd=world)
@@ -437,6 +453,23 @@ def test_a_closed_pipe_is_no_fault(world: Path) -> None:
         )
         assert "Traceback" not in done.stderr
         assert "Broken" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["analyze", "analyze --json", "rewrite --bottleneck 8"])
+def test_closed_and_full_outputs_are_no_fault(command: str, world: Path, tmp_path: Path) -> None:
+    (tmp_path / "good.onnx").write_bytes((world / "good.onnx").read_bytes())
+    line = f"{sys.executable} -m pwopt {command} good.onnx"
+    for end in (">&-", "2>&-", ">&- 2>&-", ">/dev/full"):
+        done = subprocess.run(
+            f"{line} {end}",
+            shell=True,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr
+        assert (done.returncode != 0) == (end == ">/dev/full"), done.stderr
 
 
 @pytest.mark.xfail(strict=True, reason="atomic_write replaces what is no regular file")
@@ -466,7 +499,7 @@ def test_names_that_the_terminal_cannot_show_are_escaped(world: Path, tmp_path: 
         )
         assert done.returncode == 0, done.stderr
         assert b"Traceback" not in done.stderr
-    assert len(os.listdir(os.fsencode(tmp_path))) == 2
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -487,9 +520,9 @@ def test_an_interrupted_rewrite_leaves_no_file(
     out = tmp_path / "out"
     out.mkdir()
     (out / "kept.onnx").write_bytes(b"kept")
+    options = ["--bottleneck", "8", "-o", out / "kept.onnx"]
     running = subprocess.Popen(
-        [sys.executable, script, "rewrite", world / "good.onnx", "--bottleneck", "8"]
-        + ["-o", out / "kept.onnx"],
+        [sys.executable, script, "rewrite", world / "good.onnx", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -678,12 +711,19 @@ def make_models(folder: Path) -> None:
     proto = network()
     proto.graph.node[0].input[0] = "pool"
     save("cycle.onnx", proto)
-    for name, value in (("nan.onnx", np.nan), ("infinite.onnx", np.inf)):
+    for name, value in (("nan.onnx", np.nan), ("infinite.onnx", np.inf), ("overflow.onnx", 3e38)):
         proto = network()
         weight = numpy_helper.to_array(proto.graph.initializer[1]).copy()
-        weight[3, 2, 1, 0] = value
+        weight[:, 2, 1, 0] = value
         proto.graph.initializer[1].CopyFrom(numpy_helper.from_array(weight, "wide.weight"))
         save(name, proto)
+    proto = network()
+    proto.graph.initializer[1].raw_data = proto.graph.initializer[1].raw_data[:-4]
+    save("short_weight.onnx", proto)
+    proto = network()  # onnx's shape inference does not mind
+    weight = np.ones((2 * 32, 2 * 32, 3, 3), np.float32)
+    proto.graph.initializer[1].CopyFrom(numpy_helper.from_array(weight, "wide.weight"))
+    save("wrong_channels.onnx", proto)
     # The 224 pixels that are assumed leave another number of features than the head takes.
     proto = network(size="S")
     del proto.graph.node[3]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import onnx
 import pytest
-from helpers import ASSETS, needs_assets
 from click.testing import CliRunner, Result
+from helpers import ASSETS, needs_assets
 
 from pwopt.analysis import analyze
 from pwopt.cli import main
@@ -123,10 +123,11 @@ def test_what_was_done_is_noted_in_the_model(vgg: Path) -> None:
     assert notes["pwopt.pipeline"] == "fold-affine,bottleneck{rank=8}"
     assert notes["pwopt.version"] == CliRunner().invoke(main, ["--version"]).output.split()[-1]
 
-    rewrite(first, "--bottleneck", 4, "-o", second)
-    if onnx.load(second).graph != onnx.load(first).graph:
-        notes = {entry.key: entry.value for entry in onnx.load(second).metadata_props}
-        assert notes["pwopt.pipeline"].startswith("fold-affine,bottleneck{rank=8},fold-affine,")
+    rewrite(first, "--pipeline", "bottleneck{rank=4,min_channels=8}", "-o", second)
+    notes = {entry.key: entry.value for entry in onnx.load(second).metadata_props}
+    assert notes["pwopt.pipeline"] == (
+        "fold-affine,bottleneck{rank=8},bottleneck{rank=4,min_channels=8}"
+    )
 
 
 def test_two_runs_write_the_same_bytes(vgg: Path) -> None:

@@ -1,12 +1,14 @@
 """Loading, saving, external data, and what a broken file is told."""
 
 import errno
+import mmap
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 from helpers import parse
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, external_data_helper, helper, numpy_helper
 
 import pwopt.model
 from pwopt.errors import ModelError, PwoptError
@@ -145,6 +147,16 @@ def test_the_skeleton_of_constant_nodes() -> None:
     bare = model.skeleton().graph
     assert [info.name for info in bare.input] == ["x", "large"]
     assert [node.output[0] for node in bare.node] == ["y", "small"]
+
+
+def test_the_skeleton_keeps_what_is_only_called_constant() -> None:
+    model = parse("net (float[1] x) => (float[1] y) { y = Relu(x) }")
+    tensor = numpy_helper.from_array(np.ones(1000, np.float32))
+    node = helper.make_node("Constant", [], ["large"], domain="my", value=tensor)
+    model.proto.graph.node.append(node)
+    model.proto.opset_import.add(domain="my", version=1)
+    for bare in (model.skeleton(), (model.graph, model.skeleton())[1]):
+        assert bare.graph.node[1] == node
 
 
 # -- external data ----------------------------------------------------------------------------
@@ -308,6 +320,29 @@ def test_external_data_of_constants_and_subgraphs(tmp_path: Path) -> None:
     Model.load(path).save(target)
     assert target.stat().st_size < 2_000
     assert Model.load(target).to_memory().graph.node[0].attribute[0].t.raw_data == values.tobytes()
+
+
+def test_external_data_of_functions(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    values = np.arange(1000, dtype=np.float32)
+    tensor = numpy_helper.from_array(values, "v")
+    external_data_helper.set_external_data(tensor, "weights.bin", 0, values.nbytes)
+    tensor.ClearField("raw_data")
+    model = parse("net (float[1000] x) => (float[1000] y) { y = Relu(x) }").proto
+    function = helper.make_function(
+        "my",
+        "Weight",
+        [],
+        ["w"],
+        [helper.make_node("Constant", [], ["w"], value=tensor)],
+        [helper.make_opsetid("", model.opset_import[0].version)],
+    )
+    model.functions.append(function)
+    path.write_bytes(model.SerializeToString())
+    assert_load_fails(path, "'weights.bin' with weight 'v' is missing")
+    (tmp_path / "weights.bin").write_bytes(values.tobytes())
+    (constant,) = Model.load(path).to_memory().functions[0].node
+    assert constant.attribute[0].t.raw_data == values.tobytes()
 
 
 def redirect(path: Path, **entries: str) -> None:
@@ -496,6 +531,59 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     assert_load_fails(tmp_path / "file" / "m.onnx", "cannot be read (Not a directory)")
 
 
+def test_what_cannot_be_mapped_is_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for data in (parse(NET).proto.SerializeToString(), b""):
+        writer = threading.Thread(target=pipe.write_bytes, args=[data], daemon=True)
+        writer.start()
+        if data:
+            assert_same_weights(Model.load(pipe), parse(NET))
+        else:
+            assert_load_fails(pipe, "is empty; export or download the model again")
+        writer.join(10)
+    with pytest.raises(ModelError, match=r"^/dev/null: is empty"):
+        Model.load("/dev/null")
+
+
+def test_a_loaded_model_lets_go_of_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    data = parse(NET).proto.SerializeToString()
+    path.write_bytes(data)
+    model = Model.load(path)
+    with path.open("r+b") as file:  # in place: what is mapped would change
+        file.write(bytes(len(data)))
+    assert_same_weights(model, parse(NET))
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(path) not in maps.read_text()
+
+
+@pytest.mark.parametrize("rest", [b"", b"not a model"])
+def test_a_file_that_changes_while_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: bytes
+) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(parse(NET).proto.SerializeToString())
+    mapping = mmap.mmap
+
+    def late(*args: int, access: int) -> mmap.mmap:
+        path.write_bytes(rest)
+        return mapping(*args, access=access)
+
+    monkeypatch.setattr(mmap, "mmap", late)
+    assert_load_fails(path, "is not an ONNX model" if rest else "is empty")
+
+
+def test_a_file_system_that_maps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int, access: int) -> mmap.mmap:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    path = tmp_path / "m.onnx"
+    path.write_bytes(parse(NET).proto.SerializeToString())
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert_same_weights(Model.load(path), parse(NET))
+
+
 def test_a_truncated_file_is_refused_wherever_it_was_cut(tmp_path: Path) -> None:
     whole = parse(SMALL_NET).proto.SerializeToString()
     path = tmp_path / "cut.onnx"
@@ -535,6 +623,10 @@ def test_operators_of_other_domains_are_fine(tmp_path: Path) -> None:
 
 
 def test_text_that_is_not_utf8_is_refused() -> None:
-    data = parse(SMALL_NET).proto.SerializeToString() + b"\x32\x02\xff\xfe"  # doc_string
-    with pytest.raises(ModelError, match="doc_string is not UTF-8 text"):
-        Model(ModelProto.FromString(data)).to_proto()
+    text = b"\x02\xff\xfe"
+    of_model, of_graph = parse(SMALL_NET).proto, parse(SMALL_NET).proto
+    of_model.MergeFromString(b"\x32" + text)
+    of_graph.graph.MergeFromString(b"\x52" + text)
+    for proto in (of_model, of_graph):
+        with pytest.raises(ModelError, match="doc_string is not UTF-8 text"):
+            Model(proto).to_proto()

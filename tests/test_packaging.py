@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from helpers import REPOSITORY
 
-
 PACKAGES = {
     "pwopt.passes": REPOSITORY / "passes",
     "pwopt.models": REPOSITORY / "models",

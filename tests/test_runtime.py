@@ -5,6 +5,7 @@ import onnx
 import pytest
 from onnx import numpy_helper, parser
 
+import pwopt.model
 from pwopt import runtime
 from pwopt.errors import ModelError
 from pwopt.model import Model
@@ -73,10 +74,24 @@ def test_session_reads_external_weights_of_an_edited_model(tmp_path: Path) -> No
 
 
 def test_session_beyond_the_limit_of_protobuf(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = runtime.run(runtime.session(residual(4)), feed(4), name="m")["y"]
-    monkeypatch.setattr(runtime, "PROTOBUF_LIMIT", 100)
-    y = runtime.run(runtime.session(residual(4)), feed(4), name="m")["y"]
+    model = residual(16)  # its kernels take 9 kB
+    expected = runtime.run(runtime.session(model), feed(16), name="m")["y"]
+    monkeypatch.setattr(pwopt.model, "PROTOBUF_LIMIT", 5_000)
+    y = runtime.run(runtime.session(model), feed(16), name="m")["y"]
     np.testing.assert_array_equal(y, expected)
+
+
+def test_session_finds_weights_beside_a_link_to_the_model(tmp_path: Path) -> None:
+    store, links = tmp_path / "store", tmp_path / "links"
+    store.mkdir()
+    links.mkdir()
+    model = residual(4)
+    onnx.save(
+        model.proto, store / "m", save_as_external_data=True, location="w.bin", size_threshold=0
+    )
+    (links / "m.onnx").symlink_to(store / "m")
+    (store / "w.bin").rename(links / "w.bin")
+    runtime.run(runtime.session(Model.load(links / "m.onnx")), feed(4), name="m")
 
 
 def test_session_says_in_one_line_why_a_model_does_not_load() -> None:

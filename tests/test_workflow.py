@@ -127,9 +127,10 @@ def test_shapes_decide_the_counts() -> None:
     for side in (8, 16):
         result = pwopt.rewrite(parse(text), bottleneck=16, shapes={"x": (1, 64, side, side)})
         assert result.before.macs == side**2 * 9 * 64 * 64
-        assert result.after.macs == pwopt.analyze(
-            result.model, shapes={"x": (1, 64, side, side)}
-        ).totals.macs
+        assert (
+            result.after.macs
+            == pwopt.analyze(result.model, shapes={"x": (1, 64, side, side)}).totals.macs
+        )
     with pytest.raises(SpecError, match="no input 'z'"):
         pwopt.rewrite(parse(text), bottleneck=16, shapes={"z": (1, 64, 8, 8)})
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -37,8 +38,16 @@ class _LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except PwoptError as error:
-            click.echo(f"pwopt: {_printable(str(error))}", err=True)
-            sys.exit(error.exit_code)
+            _fail(error, error.exit_code)
+        except BrokenPipeError:  # click ends quietly
+            raise
+        except OSError as error:  # as of a full disk, where no file of the user's is to blame
+            _fail(error, PwoptError.exit_code)
+
+
+def _fail(error: Exception, exit_code: int) -> NoReturn:
+    click.echo(f"pwopt: {_printable(str(error))}", err=True)
+    sys.exit(exit_code)
 
 
 def _printable(text: str) -> str:
@@ -54,7 +63,9 @@ def _terminate(_number: int, _frame: object) -> NoReturn:
 @click.version_option(version("pwopt"), prog_name="pwopt")
 def main() -> None:
     """Make trained ONNX convolutional networks cheaper with 1×1 convolutions."""
-    # As an exception, so that temporary files are removed.
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _terminate)  # as an exception, which removes temporary files
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed; else the next file to be opened took its place
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe may not know × and →
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -100,6 +100,10 @@ def _progress() -> Iterator[Callable[[str, int, int | None], None] | None]:
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading", total=None)
-        yield lambda what, done, total: bar.update(
-            task, description=what, completed=done, total=total
-        )
+
+        def report(what: str, done: int, total: int | None) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+            if what == "latency":
+                bar.stop()  # drawing would disturb what is timed
+
+        yield report

@@ -25,8 +25,8 @@ SIDES: tuple["Choice", ...] = ("auto", "input", "output", "both")
 @click.option(
     "--sides",
     type=click.Choice(SIDES),
-    help="Where the 1×1 goes; auto takes, per layer, what loses least for the MACs it saves.  "
-    "[default: auto]",
+    help="Where the 1×1 goes; auto takes, per layer, what keeps most of the weights of the forms "
+    "that pay well.  [default: auto]",
 )
 @click.option("--pipeline", metavar="SPEC", help="Passes to run instead; see pwopt passes.")
 @shape_option

@@ -94,7 +94,9 @@ def _read_npz(path: Path) -> dict[str, Array]:
         with path.open("rb") as stream:
             file = np.load(stream, allow_pickle=False)
             if isinstance(file, np.lib.npyio.NpzFile):
-                return {name: file[name] for name in file.files}
+                arrays = {name: file[name] for name in file.files}
+                # What is not an array comes as bytes.
+                return {name: a for name, a in arrays.items() if isinstance(a, np.ndarray)}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path}: is not a whole .npz file of plain arrays (pickled objects are not read); "

@@ -48,9 +48,12 @@ class Splitter:
         if not np.isfinite(weight).all():
             raise ValueError("the weight holds NaN or infinite values")
         self._dtype = weight.dtype
+        # Scaled by a power of two, which is exact, so that squares neither overflow nor vanish.
+        self._exponent = int(np.frexp(np.abs(weight).max(initial=0).astype(np.float64))[1])
         # Half precision is widened. float32 is kept: BLAS and LAPACK run twice as fast on it, and
         # an error of 1e-6 in a basis changes the approximation error by its square.
-        self._weight = weight.astype(np.promote_types(weight.dtype, np.float32), copy=False)
+        wide = weight.astype(np.promote_types(weight.dtype, np.float32), copy=False)
+        self._weight = np.ldexp(wide, -self._exponent)
 
     def kept_energy(self, sides: Sides, rank: int) -> float:
         """Return the share of ‖W‖² that the split keeps, 0 to 1; a weight of zeros keeps all.
@@ -89,7 +92,7 @@ class Splitter:
             basis = _leading(np.linalg.eigh(_gram(core)).eigenvectors, rank)
             core = np.tensordot(basis.T, core, axes=1)
             expand = basis.reshape(out_channels, rank, *ones).astype(self._dtype)
-        return Factors(core.astype(self._dtype), reduce, expand)
+        return Factors(np.ldexp(core, self._exponent).astype(self._dtype), reduce, expand)
 
     @cached_property
     def _input(self) -> Any:

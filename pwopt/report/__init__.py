@@ -1,0 +1,1 @@
+"""Results as tables to read, and as JSON or CSV for scripts."""

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from statistics import median_high
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -17,8 +17,12 @@ from pwopt.analysis import Analysis, Candidate, Layer
 from pwopt.report.console import PLAIN_WIDTH, stdout
 from pwopt.report.units import scaled
 
-_NAME_WIDTHS = (16, 32)  # of the layer column: at least, at most
-_OTHER_COLUMNS = 86  # what the others want, so that nothing wraps
+_COLUMNS = (
+    "layer", "kernel", "channels", "output", "params", "MACs", "share", "ms", "split, or why not",
+)  # fmt: skip
+_TEXTS = {"layer", "kernel", "split, or why not"}
+_NAME_WIDTH = 32
+_FULL_WIDTH = 118  # below it, a terminal gets a table without the output sizes and parameters
 _ALIKE = 3  # layers left alone for one reason are listed one by one up to this many
 
 
@@ -61,9 +65,7 @@ def next_step(analysis: Analysis, path: str) -> str:
 
 
 def _renderable(analysis: Analysis, width: int) -> RenderableType:
-    least, most = _NAME_WIDTHS
-    name_width = min(max(least, width - _OTHER_COLUMNS), most)
-    table = _table(analysis, name_width)
+    table = _table(analysis, full=width >= _FULL_WIDTH)
     return Group(Text(_headline(analysis)), table, Text(_summary(analysis)))
 
 
@@ -83,19 +85,19 @@ def _headline(analysis: Analysis) -> str:
     return "\n".join(lines)
 
 
-def _table(analysis: Analysis, name_width: int) -> Table:
-    measured = analysis.run_ms is not None
+def _table(analysis: Analysis, *, full: bool) -> Table:
+    left_out = set() if full else {"output", "params"}
+    if analysis.run_ms is None:
+        left_out.add("ms")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("layer", no_wrap=True)
-    table.add_column("kernel", no_wrap=True)
-    table.add_column("channels", justify="right", no_wrap=True)
-    table.add_column("output", justify="right", no_wrap=True)
-    for name in ("params", "MACs", "share", *(["ms"] if measured else [])):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("split, or why not")
+    for column in _COLUMNS:
+        if column not in left_out:
+            side: Literal["left", "right"] = "left" if column in _TEXTS else "right"
+            table.add_column(column, justify=side, no_wrap=column != _COLUMNS[-1])
     for layers in _rows(analysis.layers):
-        row = [*_geometry(layers, name_width), *_amounts(layers, measured), _verdict(layers[0])]
-        table.add_row(*map(Text, row), style=None if layers[0].candidate else "dim")
+        cells = zip(_COLUMNS, (*_geometry(layers), *_amounts(layers)), strict=True)
+        shown = [Text(cell) for column, cell in cells if column not in left_out]
+        table.add_row(*shown, style=None if layers[0].candidate else "dim")
     return table
 
 
@@ -111,34 +113,31 @@ def _rows(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
             yield alike
 
 
-def _geometry(layers: Sequence[Layer], name_width: int) -> list[str]:
+def _geometry(layers: Sequence[Layer]) -> tuple[str, ...]:
     first = layers[0]
     if len(layers) > 1:
         more = f" + {len(layers) - 1} more"
-        return [_short(first.name, name_width - len(more)) + more, "", "", ""]
+        return _short(first.name, _NAME_WIDTH - len(more)) + more, "", "", ""
     kernel = first.op if first.kernel is None else _times(first.kernel)
     if first.stride is not None and any(step > 1 for step in first.stride):
         steps = sorted(set(first.stride))
         kernel += f" /{steps[0] if len(steps) == 1 else _times(first.stride)}"
     size = first.output_shape[2:] if first.kernel is not None and first.output_shape else ()
-    return [
-        _short(first.name, name_width),
-        kernel,
-        f"{_known(first.in_channels)} → {_known(first.out_channels)}",
-        _times(size),
-    ]
+    channels = f"{_known(first.in_channels)} → {_known(first.out_channels)}"
+    return _short(first.name, _NAME_WIDTH), kernel, channels, _times(size)
 
 
-def _amounts(layers: Sequence[Layer], measured: bool) -> list[str]:
+def _amounts(layers: Sequence[Layer]) -> tuple[str, ...]:
     macs = _total([layer.macs for layer in layers])
     share = _total([layer.mac_share for layer in layers])
     time = _total([layer.time_ms for layer in layers])
-    amounts = [
+    return (
         scaled(sum(layer.params for layer in layers)),
         "?" if macs is None else scaled(macs),
         "?" if share is None else f"{share:.1%}",
-    ]
-    return [*amounts, "" if time is None else f"{time:.3f}"] if measured else amounts
+        "" if time is None else f"{time:.3f}",
+        _verdict(layers[0]),
+    )
 
 
 def _verdict(layer: Layer) -> str:

@@ -6,9 +6,10 @@ import sys
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
-from rich.console import Console
+import click
 from rich.table import Table
 
+from pwopt.report.console import stdout
 from pwopt.rewriting import Pass, value_text
 from pwopt.spec import is_required, option_types
 
@@ -43,19 +44,19 @@ def print_table(passes: list[type[Pass]]) -> None:
     for kind in passes:
         summary = (inspect.getdoc(kind) or "").splitlines()[0]
         table.add_row(kind.name, "yes" if kind.exact else "no", summary, ", ".join(_options(kind)))
-    Console(highlight=False, markup=False, emoji=False).print(table)
+    stdout().print(table)
 
 
 def print_help(kind: type[Pass]) -> None:
     """Print a pass's help and options, and the full story that its module tells."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(f"{kind.name} ({'exact' if kind.exact else 'changes the numbers'})\n")
-    console.print(inspect.getdoc(kind) or "")
-    options = _options(kind)
-    console.print(f"\nIn a pipeline: {kind.name}" + (f"{{{','.join(options)}}}" if options else ""))
-    story = inspect.getdoc(sys.modules[kind.__module__])
-    if story:
-        console.print(f"\n{story}")
+    options = ",".join(_options(kind))
+    parts = (
+        f"{kind.name} ({'exact' if kind.exact else 'changes the numbers'})",
+        inspect.getdoc(kind),
+        f"In a pipeline: {kind.name}" + (f"{{{options}}}" if options else ""),
+        inspect.getdoc(sys.modules[kind.__module__]),
+    )
+    click.echo("\n\n".join(part for part in parts if part))
 
 
 def _options(kind: type[Pass]) -> list[str]:

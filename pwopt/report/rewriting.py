@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pwopt.analysis import Size
 from pwopt.report.console import stdout
-from pwopt.rewriting import Event, PassReport
+from pwopt.rewriting import Event
 from pwopt.workflow import Rewritten
 
 _SPLIT = {"sides", "rank", "predicted_speedup", "kept_energy"}
@@ -51,7 +51,7 @@ def print_table(result: Rewritten) -> None:
         console.print(f"{report.name}: {report.rewrote} rewritten, {report.skipped} left alone")
         rewrote = [event for event in report.events if event.kind == "rewrote"]
         skipped = [event for event in report.events if event.kind == "skipped"]
-        splits = [event for event in rewrote if _SPLIT <= event.data.keys()]
+        splits = [event for event in rewrote if event.data.keys() >= _SPLIT]
         if splits:
             console.print(_splits(splits))
         console.print(_reasons([event for event in rewrote if event not in splits], "×"))
@@ -69,7 +69,7 @@ def next_step(model: Path, output: Path) -> str:
 
 def _splits(events: list[Event]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("  layer", overflow="fold")
+    table.add_column("  layer", overflow="fold", min_width=12)
     for column in ("split", "predicted", "keeps"):
         table.add_column(column, justify="right", no_wrap=True)
     for event in events:
