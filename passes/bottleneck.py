@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import lowrank, shapes
@@ -85,6 +86,9 @@ class Bottleneck(Pass):
             key = (id(weight), found.sides)
             if key not in factors:  # shared weights stay shared
                 factors[key] = _weights(weight, found, where, names)
+            if not np.isfinite(factors[key]["core"].values).all():
+                yield Event("skipped", where, f"the split would not be finite in {weight.dtype}")
+                continue
             replace(model.graph, node, _split(node, factors[key], names))
             yield _rewrote(where, found)
 

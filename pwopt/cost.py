@@ -23,7 +23,15 @@ KERNEL_BLOCK = 16
 MACS_PER_ELEMENT_MOVED = 24
 """Reading or writing one element takes as long as this many MACs (fitted on one CPU thread)."""
 
-_PACKED_BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2}
+_PACKED_BITS = {
+    "int4": 4,
+    "uint4": 4,
+    "float4_e2m1fn": 4,
+    "float6_e2m3fn": 6,
+    "float6_e3m2fn": 6,
+    "int2": 2,
+    "uint2": 2,
+}
 
 
 def node_macs(

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from onnx import (
     numpy_helper,
 )
 
+from pwopt.cost import tensor_bytes
 from pwopt.errors import ModelError
 from pwopt.files import atomic_write
 from pwopt.roundtrip import with_data
@@ -106,14 +106,11 @@ def _check(tensor: TensorProto, model: Path) -> None:
 
 
 def _stored_bytes(tensor: TensorProto) -> int:
-    """How many bytes of data `tensor` has; types below one byte are packed (ONNX IR)."""
     try:
-        itemsize = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     except KeyError:
         return 0  # no such type; the checker says so
-    name = TensorProto.DataType.Name(tensor.data_type)
-    bits = next((n for n in (2, 4, 6) if re.match(rf"U?(INT|FLOAT){n}(E|$)", name)), None)
-    return -(-math.prod(tensor.dims) * (bits or 8 * itemsize) // 8)
+    return tensor_bytes(math.prod(tensor.dims), dtype)
 
 
 @contextlib.contextmanager
@@ -137,7 +134,7 @@ def moved_out(model: ModelProto, folder: str, path: Path) -> Iterator[None]:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.data")
     digest = hashlib.sha256()
     moved = []
-    with atomic_write(scratch) as file:
+    with atomic_write(scratch, called=path) as file:
         for tensor in (*tensors(model), *inside):
             loaded = with_data(tensor, folder)
             data = _raw_data(loaded)

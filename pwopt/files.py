@@ -31,22 +31,24 @@ def mapped(path: Path) -> Iterator[memoryview]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, *, called: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path` that takes its place when the block ends well.
 
     The bytes reach the disk before the rename, so that a crash leaves the old file or the new
-    one. After an exception the temporary file is gone and `path` is as it was.
+    one. After an exception the temporary file is gone and `path` is as it was. Errors speak of
+    `called`, where that is what the user knows of.
 
     Raises:
         PwoptError: the folder is missing or cannot be written, or the disk is full.
     """
+    called = called or path
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".pwopt.{secrets.token_hex(8)}")
     try:
         if target.is_dir():
-            raise PwoptError(f"{path}: is a folder; name a file to write")
+            raise PwoptError(f"{called}: is a folder; name a file to write")
         if target.exists() and not target.is_file():  # a device or pipe would be replaced
-            raise PwoptError(f"{path}: is not a plain file; name another one to write")
+            raise PwoptError(f"{called}: is not a plain file; name another one to write")
         with temporary.open("xb") as file:  # permissions as the umask says
             if target.exists():
                 temporary.chmod(target.stat().st_mode & 0o777)
@@ -55,7 +57,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         temporary.replace(target)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise _cannot_write(called, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

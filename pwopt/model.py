@@ -44,7 +44,11 @@ class Model:
         proto = _parse(path)
         external.check(proto, path)
         model = cls(proto, path=path)
-        _check(model.skeleton(), str(path), advice="; export it again")
+        try:
+            skeleton = model.skeleton()
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{path}: holds text that is not UTF-8; export it again") from error
+        _check(skeleton, str(path), advice="; export it again")
         return model
 
     @property

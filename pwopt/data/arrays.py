@@ -94,12 +94,16 @@ def _read_npz(path: Path) -> dict[str, Array]:
         with path.open("rb") as stream:
             file = np.load(stream, allow_pickle=False)
             if isinstance(file, np.lib.npyio.NpzFile):
-                arrays = {name: file[name] for name in file.files}
-                # What is not an array comes as bytes.
-                return {name: a for name, a in arrays.items() if isinstance(a, np.ndarray)}
+                return {name: _array(file[name]) for name in file.files}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path}: is not a whole .npz file of plain arrays (pickled objects are not read); "
             f"{hint}"
         ) from error
     raise DataError(f"{path}: holds one array without a name; {hint}")
+
+
+def _array(member: object) -> Array:
+    if not isinstance(member, np.ndarray):  # numpy gives the bytes of other files
+        raise ValueError("not an array")
+    return member

@@ -70,6 +70,8 @@ class Splitter:
     def split(self, sides: Sides, rank: int) -> Factors:
         """Split the weight, minimising ‖W − Ŵ‖²; the factors have the weight's own type.
 
+        Values beyond that type become infinite.
+
         One-sided splits are optimal (Eckart-Young). The two-sided one truncates the input side
         first, then the output side of what is left: at most √2 times the best error.
 
@@ -92,7 +94,9 @@ class Splitter:
             basis = _leading(np.linalg.eigh(_gram(core)).eigenvectors, rank)
             core = np.tensordot(basis.T, core, axes=1)
             expand = basis.reshape(out_channels, rank, *ones).astype(self._dtype)
-        return Factors(np.ldexp(core, self._exponent).astype(self._dtype), reduce, expand)
+        with np.errstate(over="ignore"):
+            core = np.ldexp(core, self._exponent).astype(self._dtype)
+        return Factors(core, reduce, expand)
 
     @cached_property
     def _input(self) -> Any:

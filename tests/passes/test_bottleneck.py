@@ -332,6 +332,15 @@ def test_one_channel_less_loses_nothing_where_it_is_the_rank(
     assert_same_numbers(outcome.model, model)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 6e4), ("float", 3e38)])
+def test_weights_whose_factors_would_overflow(dtype: str, size: float) -> None:
+    text = PLAIN.replace("float", dtype)
+    weight = np.full((32, 32, 3, 3), size) * np.sign(low_rank((32, 32, 3, 3), "input", 8))
+    model = parse(text, {"w": weight})
+    kind = "float16" if dtype == "float16" else "float32"
+    assert_skipped(model, INPUT, f"the split would not be finite in {kind}")
+
+
 def test_auto_takes_the_side_that_loses_nothing() -> None:
     for sides in ("input", "output"):
         model = parse(PLAIN, {"w": low_rank((32, 32, 3, 3), sides, 8)})
