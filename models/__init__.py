@@ -37,32 +37,33 @@ from .vgg import vgg16
 
 __all__ = ["BUILDERS", "DEMO_CALIBRATION", "DEMO_EVALUATION", "DEMO_MODEL", "worked_example_input"]
 
-BUILDERS: dict[str, Callable[..., onnx.ModelProto]] = {
-    "project_features": project_features,
-    "decrease_features": decrease_features,
-    "increase_features": increase_features,
-    "seven_by_seven": seven_by_seven,
-    "seven_by_seven_reduced": seven_by_seven_reduced,
-    "worked_example": worked_example,
-    "twenty_filters": twenty_filters,
-    "segmentation_head": segmentation_head,
-    "strided_pointwise": strided_pointwise,
-    "mlpconv": mlpconv,
-    "network_in_network": network_in_network,
-    "inception_naive": inception_naive,
-    "inception_reduced": inception_reduced,
-    "pool_projection": pool_projection,
-    "googlenet": googlenet,
-    "naive_inception_net": naive_inception_net,
-    "resnet_bottleneck": resnet_bottleneck,
-    "resnet_projection": resnet_projection,
-    "resnet50": resnet50,
-    "squeezenet": squeezenet,
-    "densenet121": densenet121,
-    "vgg16": vgg16,
-    "mlp_head": mlp_head,
-    "conv_head": conv_head,
-}
+_BUILDERS: tuple[Callable[..., onnx.ModelProto], ...] = (
+    project_features,
+    decrease_features,
+    increase_features,
+    seven_by_seven,
+    seven_by_seven_reduced,
+    worked_example,
+    twenty_filters,
+    segmentation_head,
+    strided_pointwise,
+    mlpconv,
+    network_in_network,
+    inception_naive,
+    inception_reduced,
+    pool_projection,
+    googlenet,
+    naive_inception_net,
+    resnet_bottleneck,
+    resnet_projection,
+    resnet50,
+    squeezenet,
+    densenet121,
+    vgg16,
+    mlp_head,
+    conv_head,
+)
+BUILDERS = {builder.__name__: builder for builder in _BUILDERS}
 
 _DEMO = Path(__file__).parent / "demo"
 DEMO_MODEL = _DEMO / "naive_inception.onnx"

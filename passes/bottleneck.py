@@ -26,9 +26,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import lowrank, shapes
-from pwopt.analysis import MIN_CHANNELS, Candidate, Choice, candidate, check_rank
+from pwopt.candidates import MIN_CHANNELS, Candidate, Choice, candidate, check_rank
 from pwopt.errors import SpecError
-from pwopt.graph import Names, constant, is_op, replace
+from pwopt.graph import Names, constant, is_op, optional_input, replace
 from pwopt.model import Model
 from pwopt.rewriting import Context, Event, Pass
 
@@ -40,7 +40,7 @@ class Bottleneck(Pass):
     Options:
         rank: channels of the bottleneck
         sides: where the 1×1 goes: input, output, both, or auto, which takes per layer the form
-            that keeps most energy of those that make it 1.5 times as fast, if any does
+            that loses least of the weight's energy per MAC saved
         min_channels: input channels from which a convolution counts as wide
     """
 
@@ -112,13 +112,16 @@ def _split(node: gs.Node, weights: dict[str, gs.Constant], names: Names) -> list
     tensor, bias = node.inputs[0], _bias(node, names)
     node.outputs.clear()
     nodes = []
+    *_, last = weights
     for part, weight in weights.items():
-        last = weight is list(weights.values())[-1]
         attrs = dict(node.attrs) if part == "core" else {}
         attrs["kernel_shape"] = list(weight.shape[2:])
-        inputs = [tensor, weight, *bias] if last else [tensor, weight]
-        inner = f"{output.name}.{part}"
-        tensor = output if last else gs.Variable(names.tensor(inner), output.dtype)
+        inputs = [tensor, weight]
+        if part == last:
+            inputs += bias
+            tensor = output
+        else:
+            tensor = gs.Variable(names.tensor(f"{output.name}.{part}"), output.dtype)
         name = names.node(f"{node.name or output.name}.{part}")
         nodes.append(gs.Node("Conv", name, attrs, inputs, [tensor], node.domain))
     return nodes
@@ -126,9 +129,9 @@ def _split(node: gs.Node, weights: dict[str, gs.Constant], names: Names) -> list
 
 def _bias(node: gs.Node, names: Names) -> list[gs.Tensor]:
     """Return the bias input, as an initialiser where it is constant, for fast kernels need that."""
-    if len(node.inputs) < 3 or node.inputs[2].is_empty():
+    bias = optional_input(node, 2)
+    if bias is None:
         return []
-    bias = node.inputs[2]
     value = constant(bias)
     if value is None or value is bias:
         return [bias]

@@ -22,7 +22,16 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from pwopt.graph import Names, constant, is_only_reader, is_op, producer, replace, set_input
+from pwopt.graph import (
+    Names,
+    constant,
+    is_only_reader,
+    is_op,
+    optional_input,
+    producer,
+    replace,
+    set_input,
+)
 from pwopt.model import Model
 from pwopt.rewriting import Context, Event, Pass
 
@@ -115,9 +124,10 @@ def _fold(graph: gs.Graph, node: gs.Node, tensor: gs.Tensor, names: Names) -> st
 
 def _bias(layer: gs.Node, channels: int) -> Array | str:
     """Return what the layer adds per channel, shape (channels,), or why that is not known."""
-    if len(layer.inputs) < 3 or layer.inputs[2].is_empty():
+    tensor = optional_input(layer, 2)
+    if tensor is None:
         return np.zeros(channels)
-    bias = constant(layer.inputs[2])
+    bias = constant(tensor)
     if bias is None:
         return f"the {layer.op}'s bias is not a constant"
     if bias.shape and int(np.prod(bias.shape[:-1])) != 1:
@@ -167,7 +177,7 @@ def _set_constant(
     graph: gs.Graph, layer: gs.Node, index: int, values: Array, names: Names, part: str
 ) -> None:
     """Give `layer` an initialiser with `values`: its own one, or a new one if others read that."""
-    old = layer.inputs[index] if index < len(layer.inputs) else None
+    old = optional_input(layer, index)
     if isinstance(old, gs.Constant) and is_only_reader(graph, layer, old):
         old.values = values
         return

@@ -1,6 +1,6 @@
 """Original against rewritten, on the same inputs: numbers, accuracy, latency, size."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from pwopt.data import Batch, Samples, Source, fixed_batch, open_data, random_da
 from pwopt.errors import DataError, ModelError, SpecError
 from pwopt.model import Model
 from pwopt.pair import Latency, Pair, Side
-from pwopt.shapes import inputs
+from pwopt.shapes import InputShapes, inputs
 
-Shapes = Mapping[str, Sequence[int]]
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how many samples of it are done, and how many there are."""
 
@@ -94,7 +93,7 @@ def check(
     *,
     data: Source | None = None,
     preprocess: str | None = None,
-    shapes: Shapes | None = None,
+    shapes: InputShapes | None = None,
     threads: int = 1,
     batch: int | None = None,
     max_drop: float | None = None,
@@ -198,7 +197,7 @@ def _check_labels(
         )
 
 
-def _cost(pair: Pair, shapes: Shapes) -> Cost | None:
+def _cost(pair: Pair, shapes: InputShapes) -> Cost | None:
     try:
         return Cost(*(analysis.size(s.model, shapes) for s in (pair.original, pair.rewritten)))
     except (ModelError, SpecError):

@@ -4,7 +4,7 @@ No output is kept: all measures are sums over batches.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log10, prod, sqrt
 from typing import Any
@@ -107,22 +107,30 @@ class Comparison:
             self._hits[k].append(right[:, :, :k].any(axis=2))
 
     def equivalence(self) -> Equivalence:
-        """How far the outputs differ."""
-        return _worst(self._differences.values())
+        """Tell how far the outputs differ."""
+        outputs = self._differences.values()
+        ratios = [output.snr_db for output in outputs if output.snr_db is not None]
+        return Equivalence(
+            max_abs=max(output.max_error for output in outputs),
+            max_rel=max(output.max_rel for output in outputs),
+            cosine=min(output.cosine for output in outputs),
+            snr_db=min(ratios, default=None),
+            nonfinite=sum(output.nonfinite for output in outputs),
+        )
 
     def agreement(self) -> float | None:
-        """Fraction of samples for which both rank the same class first; None without scores."""
+        """Return the share of samples with the same class first in both; None without scores."""
         return float(np.concatenate(self._same_class).mean()) if self._same_class else None
 
     def accuracy(self, k: int, *, seed: int = 0) -> Accuracy | None:
-        """Top-k accuracy for k = 1 or 5; None without labels, and top-5 of few classes."""
+        """Return top-k accuracy for k = 1 or 5; None without labels, and top-5 of few classes."""
         if k not in self._hits:
             return None
         return compare_hits(f"top-{k}", *np.concatenate(self._hits[k], axis=1), seed=seed)
 
 
 def class_scores(outputs: Outputs, samples: int) -> str | None:
-    """The first output that is [samples, classes], with trailing axes of size 1 or without."""
+    """Find the first output that is [samples, classes], trailing axes of size 1 left aside."""
     for name, output in outputs.items():
         if (
             output.dtype.kind == "f"
@@ -142,7 +150,7 @@ def compare_hits(
     *,
     seed: int = 0,
 ) -> Accuracy:
-    """Accuracy of two models on the same samples, from which of them [samples] each got right.
+    """Compare two models' accuracy, from which samples [samples] each got right.
 
     A sample lost, kept or gained counts 1, 0 or −1. Drawing samples with replacement makes the
     numbers of the three multinomial, so the bootstrap (Efron & Tibshirani 1993) draws those.
@@ -163,7 +171,7 @@ def compare_hits(
 
 
 def _ranked(scores: Array) -> npt.NDArray[np.intp]:
-    """Classes of each sample, best first; of equal scores the lower class first."""
+    """Rank the classes of each sample, best first; of equal scores the lower class first."""
     flat = scores.reshape(scores.shape[:2])
     best: npt.NDArray[np.intp] = np.argsort(-flat, axis=1, kind="stable")
     return best
@@ -212,14 +220,3 @@ class _Difference:
     @property
     def snr_db(self) -> float | None:
         return 10 * log10(max(self.before, _TINY) / self.error) if self.error else None
-
-
-def _worst(outputs: Collection[_Difference]) -> Equivalence:
-    ratios = [output.snr_db for output in outputs if output.snr_db is not None]
-    return Equivalence(
-        max_abs=max(output.max_error for output in outputs),
-        max_rel=max(output.max_rel for output in outputs),
-        cosine=min(output.cosine for output in outputs),
-        snr_db=min(ratios, default=None),
-        nonfinite=sum(output.nonfinite for output in outputs),
-    )

@@ -37,7 +37,7 @@ _PACKED_BITS = {
 def node_macs(
     op: str, attributes: Mapping[str, object], inputs: Sequence[Shape | None], output: Shape | None
 ) -> int | None:
-    """MACs of one node, or None where a shape it takes is unknown.
+    """Count the MACs of one node, or None where a shape it takes is unknown.
 
     Args:
         op: One of `COUNTED_OPS`.
@@ -58,8 +58,13 @@ def node_macs(
     raise ValueError(f"MACs are not defined for {op}")
 
 
+def positions(shape: Shape | None) -> int | None:
+    """Count batch × spatial elements of a map (N, C, *spatial); None where one is unknown."""
+    return _product(shape and shape[:1], shape and shape[2:])
+
+
 def is_parameter(dtype: np.dtype) -> bool:
-    """Whether constants of this type count as parameters.
+    """Tell whether constants of this type count as parameters.
 
     Floating point of any width and quantized weights (8 bits and fewer) do; wider integers are
     shapes and indices, booleans and strings are no weights.
@@ -70,7 +75,7 @@ def is_parameter(dtype: np.dtype) -> bool:
 
 
 def tensor_bytes(elements: int, dtype: np.dtype) -> int:
-    """Bytes that `elements` of this type take in a file; types below 8 bits are packed."""
+    """Count the bytes of `elements` of this type in a file; types below 8 bits are packed."""
     return -(-elements * _PACKED_BITS.get(dtype.name, 8 * dtype.itemsize) // 8)
 
 

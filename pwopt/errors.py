@@ -19,9 +19,3 @@ class SpecError(PwoptError):
     """An unknown pass, option or value: wrong usage (exit code 2)."""
 
     exit_code = 2
-
-
-class BoundError(PwoptError):
-    """A bound that was asked for is not met (exit code 3)."""
-
-    exit_code = 3

@@ -63,6 +63,11 @@ def load(model: ModelProto, folder: str) -> None:
         tensor.CopyFrom(with_data(tensor, folder))
 
 
+def stored_bytes(model: ModelProto) -> int:
+    """Count the bytes of weights that lie elsewhere."""
+    return sum(map(_stored_bytes, tensors(model)))
+
+
 def check(model: ModelProto, path: Path) -> None:
     """Check that the data of the model at `path` is where the model says.
 

@@ -57,15 +57,13 @@ def atomic_write(path: Path, *, called: Path | None = None) -> Iterator[IO[bytes
             os.fsync(file.fileno())
         temporary.replace(target)
     except OSError as error:
-        raise _cannot_write(called, error) from error
+        raise PwoptError(
+            f"{called}: cannot be written ({error.strerror}); choose another place"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
-
-
-def _cannot_write(path: Path, error: OSError) -> PwoptError:
-    return PwoptError(f"{path}: cannot be written ({error.strerror}); choose another place")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,18 +3,17 @@
 Nodes and tensors are compared with `is`: GraphSurgeon's `==` compares names only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_graphsurgeon as gs
 
 from pwopt.model import Model
-
-STANDARD_DOMAINS = ("", "ai.onnx", None)
+from pwopt.shapes import Shape
 
 
 def is_op(node: gs.Node, *ops: str) -> bool:
     """Tell whether `node` is one of the standard operators `ops`."""
-    return node.op in ops and node.domain in STANDARD_DOMAINS
+    return node.op in ops and node.domain in ("", "ai.onnx", None)
 
 
 def constant(tensor: gs.Tensor) -> gs.Constant | None:
@@ -26,6 +25,32 @@ def constant(tensor: gs.Tensor) -> gs.Constant | None:
         return None
     value = node.attrs.get("value")
     return value if isinstance(value, gs.Constant) else None
+
+
+def optional_input(node: gs.Node, index: int) -> gs.Tensor | None:
+    """Return the input number `index` of `node`; None where it is left out."""
+    if index >= len(node.inputs) or node.inputs[index].is_empty():
+        return None
+    return node.inputs[index]
+
+
+def shape_of(tensor: gs.Tensor, shapes: Mapping[str, Shape]) -> Shape | None:
+    """Return a constant's own shape, any other tensor's from `shapes` if it is known there."""
+    weight = constant(tensor)
+    return shapes.get(tensor.name) if weight is None else tuple(weight.shape)
+
+
+def label(node: gs.Node) -> str:
+    """Return what messages call `node`: its name, or its first output's where it has none."""
+    return str(node.name or node.outputs[0].name)
+
+
+def all_nodes(graph: gs.Graph) -> Iterator[gs.Node]:
+    """Yield the nodes of `graph` and of the graphs inside them."""
+    for node in graph.nodes:
+        yield node
+        for subgraph in node.subgraphs():
+            yield from all_nodes(subgraph)
 
 
 def producer(tensor: gs.Tensor) -> gs.Node | None:
@@ -80,10 +105,10 @@ class Names:
     """Hands out names that nothing in the model has yet; tensors and nodes may share one."""
 
     def __init__(self, model: Model) -> None:
-        self._tensors = {t.name for node in _nodes(model.graph) for t in _tensors(node)}
+        self._tensors = {t.name for node in all_nodes(model.graph) for t in _tensors(node)}
         self._tensors |= {t.name for t in (*model.graph.inputs, *model.graph.outputs)}
         self._tensors |= {t.name for t in model.proto.graph.initializer}  # unused ones too
-        self._nodes = {node.name for node in _nodes(model.graph)}
+        self._nodes = {node.name for node in all_nodes(model.graph)}
 
     def tensor(self, wanted: str) -> str:
         """Return a tensor name: `wanted`, or `wanted` with the first free number behind it."""
@@ -101,13 +126,6 @@ def _take(wanted: str, taken: set[str]) -> str:
         name = f"{wanted}_{number}"
     taken.add(name)
     return name
-
-
-def _nodes(graph: gs.Graph) -> Iterator[gs.Node]:
-    for node in graph.nodes:
-        yield node
-        for subgraph in node.subgraphs():
-            yield from _nodes(subgraph)
 
 
 def _tensors(node: gs.Node) -> Iterator[gs.Tensor]:

@@ -86,7 +86,7 @@ class Model:
         return proto
 
     def skeleton(self) -> ModelProto:
-        """The model as it is now without its large weights, which become inputs.
+        """Return the model as it is now without its large weights, which become inputs.
 
         Enough to check it and to infer shapes: small tensors stay, since shapes may be computed
         from them. Costs no copy of the weights, those in subgraphs left aside.
@@ -140,18 +140,6 @@ class Model:
             if data is None:
                 raise ModelError(f"{path}: larger than 2 GB even without its weights")
             _write(data, path)
-
-    def to_memory(self) -> ModelProto:
-        """Like `to_proto`, with external weights read into the message.
-
-        Raises:
-            ModelError: the whole is larger than one protobuf message may be.
-        """
-        proto = self.to_proto()
-        external.load(proto, self.folder)
-        if serialized(proto) is None:
-            raise ModelError(f"{self.name}: larger than 2 GB; save it and use the file")
-        return proto
 
 
 def serialized(proto: ModelProto) -> bytes | None:

@@ -2,24 +2,20 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 import onnxruntime as ort
-from onnx import TensorProto, helper
 
-from pwopt import runtime
-from pwopt.cost import tensor_bytes
+from pwopt import external, runtime
 from pwopt.data import Batch, Samples
 from pwopt.errors import ModelError
 from pwopt.model import Model
+from pwopt.runtime import Array, Feeds
 
-Feeds = Mapping[str, npt.NDArray[Any]]
-Outputs = dict[str, npt.NDArray[Any]]
+Outputs = dict[str, Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +54,11 @@ class Side:
         return self.model.name
 
     def file_bytes(self) -> int:
-        """Bytes of the file, external weights included; of a Model, those it would have."""
-        proto = self.model.to_proto() if isinstance(self.source, Model) else self.model.proto
-        own = proto.ByteSize() if isinstance(self.source, Model) else self.source.stat().st_size
-        external = sum(
-            tensor_bytes(prod(t.dims), helper.tensor_dtype_to_np_dtype(t.data_type))
-            for t in proto.graph.initializer
-            if t.data_location == TensorProto.EXTERNAL
-        )
-        return own + external
+        """Count the bytes of its file, external weights included, or of the one it would have."""
+        if isinstance(self.source, Path):
+            return self.source.stat().st_size + external.stored_bytes(self.model.proto)
+        proto = self.model.to_proto()
+        return proto.ByteSize() + external.stored_bytes(proto)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pwopt.errors import PwoptError
 from pwopt.model import Model
+from pwopt.shapes import InputShapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +49,10 @@ class PassReport:
 class Context:
     """What a pass may ask for beyond the model itself.
 
-    `shapes` fixes input axes that the model leaves open, as in ``{"images": (1, 3, 224, 224)}``.
+    `shapes` fixes input axes that the model leaves open.
     """
 
-    shapes: Mapping[str, Sequence[int]] | None = None
+    shapes: InputShapes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +88,10 @@ class Observer:
     """Watches a pipeline; override what you need."""
 
     def before(self, step: Pass, model: Model) -> None:
-        """Called before each pass."""
+        """Do something before each pass."""
 
     def after(self, step: Pass, model: Model, report: PassReport) -> None:
-        """Called after each pass."""
+        """Do something after each pass."""
 
 
 @dataclass(frozen=True)
@@ -148,42 +147,3 @@ def _apply(
             f"{model.name}: pass '{step.name}' failed{after}: {type(error).__name__}: {error}; "
             "this is a fault of the pass, please report it"
         ) from error
-
-
-class Timing(Observer):
-    """Keeps the seconds that each pass took, in order, in `seconds`."""
-
-    def __init__(self) -> None:
-        self.seconds: list[tuple[str, float]] = []
-        self._start = 0.0
-
-    def before(self, step: Pass, model: Model) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
-
-    def after(self, step: Pass, model: Model, report: PassReport) -> None:
-        """Note the time."""
-        self.seconds.append((step.name, time.perf_counter() - self._start))
-
-
-class Dump(Observer):
-    """Saves the model after each pass as ``NN-pass.onnx`` in a folder."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self._count = 0
-
-    def after(self, step: Pass, model: Model, report: PassReport) -> None:
-        """Save the model."""
-        self._count += 1
-        self.folder.mkdir(parents=True, exist_ok=True)
-        model.save(self.folder / f"{self._count:02}-{step.name}.onnx")
-
-
-class Verify(Observer):
-    """Checks after each pass that the graph is a valid model, so that a fault names its pass."""
-
-    def after(self, step: Pass, model: Model, report: PassReport) -> None:
-        """Raise ModelError if what the pass made is not valid."""
-        if report.rewrote:
-            model.check(f"after pass '{step.name}'")

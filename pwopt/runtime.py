@@ -1,11 +1,8 @@
-"""onnxruntime: sessions, interleaved latency, and the time of each of a model's own layers."""
+"""onnxruntime: sessions, and the latencies of several measured in turn."""
 
-import json
 import re
-import statistics
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime as ort
 
 from pwopt.errors import ModelError
@@ -22,30 +18,26 @@ from pwopt.model import Model, serialized
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
-_LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-_FUSED_INTO_CONV = {
-    "Add", "BatchNormalization", "Clip", "HardSigmoid", "Identity", "LeakyRelu", "Mul", "Relu",
-    "Sigmoid", "Sum", "Tanh",
-}  # fmt: skip
-_WARM_UP_RUNS = 3
+RESAMPLES = 2000
+"""Bootstrap samples behind the interval of a speed-up."""
+
+WARM_UP_RUNS = 3
+"""Runs that come first and are not timed."""
 
 
-def session(model: Model | str | Path, *, threads: int = 1) -> ort.InferenceSession:
-    """A CPU session with every graph optimisation.
+def session(
+    model: Model | str | Path, *, threads: int = 1, profile: Path | None = None
+) -> ort.InferenceSession:
+    """Open a CPU session with every graph optimisation.
 
     Args:
         model: A Model with its edits, or a file. Weights may be external, and exceed 2 GB.
         threads: Threads within one operator; operators run one after the other.
+        profile: Profile all runs; what the file's path starts with.
 
     Raises:
         ModelError: onnxruntime cannot load it; the message is the first line of its own.
     """
-    if isinstance(model, Model):
-        return _load_proto(model.to_proto(), _options(threads), model)
-    return _load(str(model), _options(threads), str(model))
-
-
-def _options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -53,7 +45,23 @@ def _options(threads: int) -> ort.SessionOptions:
     options.log_severity_level = 4
     # Idle threads of one session would otherwise spin on the cores that the next one runs on.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    if not isinstance(model, Model):
+        return _load(str(model), options, str(model))
+    proto = model.to_proto()
+    data = serialized(proto)
+    if data is None:
+        with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
+            path = Path(folder) / "model.onnx"
+            Model(proto, path=model.path).save(path)
+            return _load(str(path), options, model.name)
+    if model.folder:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", model.folder
+        )
+    return _load(data, options, model.name)
 
 
 def _load(source: str | bytes, options: ort.SessionOptions, name: str) -> ort.InferenceSession:
@@ -63,29 +71,13 @@ def _load(source: str | bytes, options: ort.SessionOptions, name: str) -> ort.In
         raise ModelError(f"{name}: onnxruntime cannot load it: {_first_line(error)}") from error
 
 
-def _load_proto(
-    proto: onnx.ModelProto, options: ort.SessionOptions, model: Model
-) -> ort.InferenceSession:
-    data = serialized(proto)
-    if data is not None:
-        if model.folder:
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", model.folder
-            )
-        return _load(data, options, model.name)
-    with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
-        path = Path(folder) / "model.onnx"
-        Model(proto, path=model.path).save(path)
-        return _load(str(path), options, model.name)
-
-
 def _first_line(error: Exception) -> str:
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def run(session: ort.InferenceSession, feeds: Feeds, *, name: str) -> dict[str, Array]:
-    """All outputs for one feed, by name.
+    """Return all outputs for one feed, by name.
 
     Raises:
         ModelError: onnxruntime failed, or an output is not a tensor of numbers; the message
@@ -121,14 +113,14 @@ class Timing:
         """Median milliseconds of each session."""
         return tuple(float(median) for median in np.median(self.samples_ms, axis=0))
 
-    def speedup(self, base: int, other: int, *, seed: int = 0, resamples: int = 2000) -> Speedup:
-        """How many times faster session `other` is than session `base`.
+    def speedup(self, base: int, other: int, *, seed: int = 0) -> Speedup:
+        """Tell how many times faster session `other` is than session `base`.
 
         The interval is a percentile bootstrap over rounds: both latencies of a round are drawn
         together, so that a disturbance that hit both counts once (Efron & Tibshirani 1993).
         """
         pair = self.samples_ms[:, [base, other]]
-        rounds = np.random.default_rng(seed).integers(len(pair), size=(resamples, len(pair)))
+        rounds = np.random.default_rng(seed).integers(len(pair), size=(RESAMPLES, len(pair)))
         medians = np.median(pair[rounds], axis=1)
         low, high = np.percentile(medians[:, 0] / medians[:, 1], [2.5, 97.5])
         before, after = np.median(pair, axis=0)
@@ -156,7 +148,7 @@ def interleave(
         max_rounds: and as many as this at most.
     """
     feeds = dict(feeds)
-    for timed in [*sessions] * _WARM_UP_RUNS:
+    for timed in [*sessions] * WARM_UP_RUNS:
         timed.run(None, feeds)
     samples: list[list[float]] = []
     end = time.perf_counter() + seconds
@@ -169,110 +161,3 @@ def interleave(
             row[index] = (time.perf_counter() - begin) * 1e3
         samples.append(row)
     return Timing(np.array(samples))
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTimes:
-    """Where one run's time goes, in median milliseconds.
-
-    `layers` is keyed by the first output of the model's own node. What runs inside a fused
-    kernel is counted with the layer that the kernel mainly is: Conv + BatchNormalization + Relu
-    with the Conv. Nodes that have no kernel of their own are absent. `other` is the time of
-    kernels that onnxruntime added (reordering, casts), `run` the whole run with its overhead.
-    """
-
-    layers: dict[str, float]
-    other: float
-    run: float
-
-
-def layer_times(model: Model, feeds: Feeds, *, threads: int = 1, runs: int = 20) -> LayerTimes:
-    """Profile a model at full optimisation and map the kernels back to its own nodes.
-
-    onnxruntime names a kernel after the node it came from (``fused NAME``,
-    ``NAME/MatMulAddFusion``) or, in the blocked layout, after the tensor that the last fused
-    node writes (``TENSOR_nchwc``). So each node of a copy gets a unique name, and the way from
-    that tensor back to the convolution is walked in the model's graph.
-
-    Raises:
-        ModelError: onnxruntime cannot load or run the model.
-    """
-    proto = model.to_proto()
-    for index, node in enumerate(proto.graph.node):
-        node.name = f"<{index}>"
-    with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
-        options = _options(threads)
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        profiled = _load_proto(proto, options, model)
-        for _ in range(_WARM_UP_RUNS + runs):
-            run(profiled, feeds, name=model.name)
-        events = json.loads(Path(profiled.end_profiling()).read_text())
-    return _attribute(proto.graph, events)
-
-
-def _attribute(graph: onnx.GraphProto, events: Sequence[Mapping[str, Any]]) -> LayerTimes:
-    durations = _kernel_durations(events)
-    writers = {name: node for node in graph.node for name in node.output if name}
-    named = {kernel: _named_node(kernel[0], graph, writers) for kernel in durations}
-    taken = {node.name for node in named.values() if node}
-    layers: dict[str, float] = defaultdict(float)
-    other = 0.0
-    for kernel, microseconds in durations.items():
-        milliseconds = statistics.median(microseconds[_WARM_UP_RUNS:]) / 1e3
-        if node := named[kernel]:
-            layers[_layer_of(node, writers, taken).output[0]] += milliseconds
-        else:
-            other += milliseconds
-    runs = [event["dur"] for event in events if event["name"] == "model_run"]
-    return LayerTimes(dict(layers), other, statistics.median(runs[_WARM_UP_RUNS:]) / 1e3)
-
-
-def _kernel_durations(
-    events: Sequence[Mapping[str, Any]],
-) -> dict[tuple[str, str], list[float]]:
-    """Microseconds of each run of each kernel, by its name and index.
-
-    Kernels inside an If or a Loop are left out: the time of the If or Loop contains theirs.
-    """
-    durations: dict[tuple[str, str], list[float]] = defaultdict(list)
-    kernels = [event for event in events if event["cat"] == "Node" and "dur" in event]
-    end = -1.0
-    for event in sorted(kernels, key=lambda event: (event["ts"], -event["dur"])):
-        if event["ts"] + event["dur"] <= end:
-            continue
-        end = event["ts"] + event["dur"]
-        name = event["name"].removesuffix("_kernel_time")
-        durations[name, event["args"]["node_index"]].append(event["dur"])
-    return durations
-
-
-def _named_node(
-    kernel: str, graph: onnx.GraphProto, writers: Mapping[str, onnx.NodeProto]
-) -> onnx.NodeProto | None:
-    """The node that a kernel is named after, or None for a kernel that onnxruntime added."""
-    if number := re.search(r"<(\d+)>", kernel):
-        node: onnx.NodeProto = graph.node[int(number[1])]
-        return node
-    if not kernel.endswith("_nchwc"):
-        return None
-    tensor = kernel.removesuffix("_nchwc")
-    # A BatchNormalization that could not be fused runs as a depthwise convolution of that name.
-    return writers.get(tensor) or writers.get(tensor.removesuffix("_bn"))
-
-
-def _layer_of(
-    last: onnx.NodeProto, writers: Mapping[str, onnx.NodeProto], taken: set[str]
-) -> onnx.NodeProto:
-    """The convolution that was fused with the nodes up to `last`, or `last` itself.
-
-    A node that another kernel is named after ends the way: it runs on its own.
-    """
-    node = last
-    while node.op_type in _FUSED_INTO_CONV:
-        before = [writers[name] for name in node.input if name in writers]
-        computed = [writer for writer in before if writer.op_type != "Constant"]
-        if not computed or computed[0].name in taken:
-            return last
-        node = computed[0]
-    return node if node.op_type in _LAYERS else last

@@ -11,6 +11,7 @@ from onnx import helper
 
 from pwopt.errors import ModelError, SpecError
 from pwopt.model import Model
+from pwopt.roundtrip import axes, dtype
 
 IMAGE_SIDE = 224
 """Pixels assumed for a height or width that the model leaves open: ImageNet's usual crop."""
@@ -19,6 +20,8 @@ SEQUENCE = 16
 """Elements assumed for any other axis that the model leaves open."""
 
 Shape = tuple[int | None, ...]
+InputShapes = Mapping[str, Sequence[int]]
+"""The shapes of inputs by name, as in ``{"images": (1, 3, 224, 224)}``."""
 
 # Strict inference may fail inside the body of a function operator, as of
 # MeanVarianceNormalization, which is no fault of the model's.
@@ -50,7 +53,7 @@ def inputs(model: Model) -> list[Input]:
     """List the inputs that a caller must feed: those without an initialiser.
 
     Raises:
-        ModelError: an input that is not a tensor, or has no shape or type.
+        ModelError: an input that is not a tensor, or has no shape, no type or an unknown one.
     """
     graph = model.proto.graph
     defaults = {t.name for t in graph.initializer} | {
@@ -59,9 +62,7 @@ def inputs(model: Model) -> list[Input]:
     return [_input(model, info) for info in graph.input if info.name not in defaults]
 
 
-def bind(
-    model: Model, shapes: Mapping[str, Sequence[int]] | None = None, *, batch: int = 1
-) -> Binding:
+def bind(model: Model, shapes: InputShapes | None = None, *, batch: int = 1) -> Binding:
     """Fix the axes that `model` leaves open: by `shapes` where given, else by what is usual.
 
     The first axis becomes `batch`; open axes of images become 224, others 16. The same symbol has
@@ -142,11 +143,10 @@ def _input(model: Model, info: onnx.ValueInfoProto) -> Input:
         raise ModelError(
             f"{model.name}: input '{info.name}' declares no shape; export the model with one"
         )
-    shape = tuple(
-        d.dim_value if d.WhichOneof("value") == "dim_value" else d.dim_param or None
-        for d in tensor.shape.dim
-    )
-    return Input(info.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape)
+    try:
+        return Input(info.name, dtype(tensor.elem_type), axes(tensor.shape))
+    except ModelError as error:
+        raise ModelError(f"{model.name}: input '{info.name}': {error}") from error
 
 
 def _match(model: Model, declared: Input, shape: tuple[int, ...], symbols: dict[str, int]) -> None:
@@ -185,9 +185,7 @@ def _shape(info: onnx.ValueInfoProto) -> Shape | None:
     tensor = info.type.tensor_type
     if not tensor.HasField("shape"):
         return None
-    return tuple(
-        d.dim_value if d.WhichOneof("value") == "dim_value" else None for d in tensor.shape.dim
-    )
+    return tuple(size if isinstance(size, int) else None for size in axes(tensor.shape))
 
 
 def _explain(error: Exception, binding: Binding) -> str:

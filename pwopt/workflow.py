@@ -1,14 +1,17 @@
 """The rewrite as a user asks for it: which passes, and what they did to the model's cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pwopt.analysis import Choice, Size, size
+from pwopt.analysis import Size, size
+from pwopt.candidates import Choice
 from pwopt.errors import SpecError
 from pwopt.model import Model
+from pwopt.observers import Verify
 from pwopt.registry import pipeline as parse
-from pwopt.rewriting import Context, Observer, PassReport, Pipeline, Verify
+from pwopt.rewriting import Context, Observer, PassReport, Pipeline
+from pwopt.shapes import InputShapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +36,18 @@ def rewrite(
     bottleneck: int | None = None,
     sides: Choice = "auto",
     pipeline: Pipeline | str | None = None,
-    shapes: Mapping[str, Sequence[int]] | None = None,
+    shapes: InputShapes | None = None,
     observers: Sequence[Observer] = (),
 ) -> Rewritten:
     """Return a cheaper version of `model`, which itself stays as it is.
 
     Args:
-        model: the model or its file.
-        bottleneck: fold affine operators, then split wide k×k convolutions at this rank.
-        sides: where the 1×1 convolutions of `bottleneck` go.
-        pipeline: the passes to run instead, as an object or as text.
-        shapes: fixes input axes that the model leaves open, by input name.
-        observers: watch the passes.
+        model: The model or its file.
+        bottleneck: Fold affine operators, then split wide k×k convolutions at this rank.
+        sides: Where the 1×1 convolutions of `bottleneck` go.
+        pipeline: The passes to run instead, as an object or as text.
+        shapes: Fixes input axes that the model leaves open, by input name.
+        observers: Watch the passes.
 
     Raises:
         SpecError: neither or both of `bottleneck` and `pipeline`, or a bad option.

@@ -12,16 +12,14 @@ from helpers import parse
 
 from pwopt.errors import ModelError, PwoptError, SpecError
 from pwopt.model import Model
+from pwopt.observers import Dump, Timing, Verify
 from pwopt.rewriting import (
     Context,
-    Dump,
     Event,
     Observer,
     Pass,
     PassReport,
     Pipeline,
-    Timing,
-    Verify,
 )
 
 NET = "net (float[N,4] x) => (float[N,4] y) { a = Relu(x) y = Relu(a) }"

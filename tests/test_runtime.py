@@ -6,7 +6,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 import pwopt.model
-from pwopt import runtime
+from pwopt import profiling, runtime
 from pwopt.errors import ModelError
 from pwopt.model import Model
 
@@ -151,7 +151,7 @@ def test_speedup_is_the_ratio_of_medians_and_its_interval_covers_the_truth() -> 
 
 @pytest.mark.parametrize(("channels", "groups"), [(32, 1), (32, 2), (32, 32), (5, 1)])
 def test_layer_times_of_a_residual_block(channels: int, groups: int) -> None:
-    times = runtime.layer_times(residual(channels, groups), feed(channels), runs=5)
+    times = profiling.layer_times(residual(channels, groups), feed(channels), runs=5)
     assert {"a", "d"} <= times.layers.keys()
     assert times.layers.keys() <= {"a", "d", "f", "y"}  # all else is fused into the convolutions
     assert min(*times.layers.values(), times.run) > 0
@@ -168,7 +168,7 @@ def test_layer_times_keep_a_batch_normalization_apart_that_runs_on_its_own() -> 
         w=kernel(32, 32, 3, 3),
         **norm(32),
     )
-    assert runtime.layer_times(Model(proto), feed(32), runs=3).layers.keys() == {"a", "c", "y"}
+    assert profiling.layer_times(Model(proto), feed(32), runs=3).layers.keys() == {"a", "c", "y"}
 
 
 def test_layer_times_of_a_padded_convolution_with_factors_behind_it() -> None:
@@ -184,7 +184,7 @@ def test_layer_times_of_a_padded_convolution_with_factors_behind_it() -> None:
         pads=np.array([0, 0, 1, 1, 0, 0, 1, 1]),
         k=np.ones((1, 32, 1, 1), np.float32),
     )
-    assert runtime.layer_times(Model(proto), feed(32), runs=3).layers.keys() == {"a"}
+    assert profiling.layer_times(Model(proto), feed(32), runs=3).layers.keys() == {"a"}
 
 
 def test_layer_times_of_matmul_with_bias_and_gemm() -> None:
@@ -199,7 +199,7 @@ def test_layer_times_of_matmul_with_bias_and_gemm() -> None:
         k=kernel(32),
         v=kernel(32, 16),
     )
-    times = runtime.layer_times(Model(proto), {"x": kernel(2, 32)}, runs=3)
+    times = profiling.layer_times(Model(proto), {"x": kernel(2, 32)}, runs=3)
     assert times.layers.keys() == {"a", "y"}
 
 
@@ -207,7 +207,7 @@ def test_layer_times_do_not_need_unique_node_names() -> None:
     model = residual(32)
     for node in model.proto.graph.node:
         node.name = "same"
-    times = runtime.layer_times(Model(model.proto), feed(32), runs=3)
+    times = profiling.layer_times(Model(model.proto), feed(32), runs=3)
     assert {"a", "d"} <= times.layers.keys()
     assert {node.name for node in model.proto.graph.node} == {"same"}
 
@@ -223,7 +223,7 @@ def test_layer_times_give_an_if_the_time_of_its_branch() -> None:
         }""",  # noqa: E501
         w=kernel(32, 32, 3, 3),
     )
-    times = runtime.layer_times(Model(proto), {"p": np.array(True), **feed(32)}, runs=5)
+    times = profiling.layer_times(Model(proto), {"p": np.array(True), **feed(32)}, runs=5)
     assert times.layers.keys() == {"a", "y"}
 
 
@@ -235,12 +235,12 @@ def test_kernels_inside_a_kernel_are_not_counted_again() -> None:
         }
 
     events = [event("inner", 2, 5), event("if", 1, 8), event("next", 9, 4), event("if", 20, 6)]
-    assert runtime._kernel_durations(events) == {("if", "if"): [8, 6], ("next", "next"): [4]}
+    assert profiling._kernel_durations(events) == {("if", "if"): [8, 6], ("next", "next"): [4]}
 
 
 def test_layer_times_leave_no_profile_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    runtime.layer_times(residual(4), feed(4), runs=1)
+    profiling.layer_times(residual(4), feed(4), runs=1)
     assert list(tmp_path.iterdir()) == []

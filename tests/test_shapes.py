@@ -107,6 +107,13 @@ def test_inputs_that_are_no_tensors_are_refused() -> None:
         bind(model)
 
 
+def test_inputs_of_an_unknown_type_are_refused() -> None:
+    model = identity("float[1] x")
+    model.proto.graph.input[0].type.tensor_type.elem_type = 99
+    with pytest.raises(ModelError, match=r"n: input 'x': the installed onnx knows no .* type 99"):
+        bind(model)
+
+
 def test_inputs_without_a_shape_are_refused() -> None:
     model = identity("float[1] x")
     model.proto.graph.input[0].type.tensor_type.ClearField("shape")

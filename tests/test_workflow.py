@@ -12,9 +12,9 @@ from helpers import parse, random_feeds, run
 import pwopt
 from pwopt.errors import ModelError, PwoptError, SpecError
 from pwopt.models import BUILDERS
+from pwopt.observers import Timing
 from pwopt.passes.bottleneck import Bottleneck
 from pwopt.passes.fold_affine import FoldAffine
-from pwopt.rewriting import Timing
 
 SQUARE = """
     net (float[N,64,8,8] x) => (float[N,64,8,8] y)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from pwopt.cli.options import shape_option
+from pwopt.cli.options import shape_option, threads_option
 from pwopt.errors import SpecError
 
 
@@ -19,13 +19,7 @@ from pwopt.errors import SpecError
 )
 @shape_option
 @click.option("--measure", is_flag=True, help="Also time every layer in onnxruntime.")
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Threads to measure with.",
-)
+@threads_option
 @click.option(
     "--format",
     "style",
@@ -63,12 +57,13 @@ def command(
     if output is not None and output.resolve() == model.resolve():
         raise SpecError(f"{output}: is the model itself; name another file for the result")
     found = analyze(model, shapes=shapes, bottleneck=bottleneck, measure=measure, threads=threads)
+    write = {"table": report.to_text, "json": report.to_json, "csv": report.to_csv}[style]
     if output is not None:
         with atomic_write(output) as file:
-            file.write(report.text(found, style).encode())
+            file.write(write(found).encode())
         click.echo(f"wrote {output}", err=True)
     elif style == "table":
-        report.show(found)
+        report.print_table(found)
     else:
-        click.echo(report.text(found, style), nl=False)
+        click.echo(write(found), nl=False)
     click.echo(report.next_step(found, str(model)), err=True)

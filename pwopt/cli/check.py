@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from pwopt.cli.options import shape_option
+from pwopt.cli.options import json_option, shape_option, threads_option
 
 
 @click.command(name="check")
@@ -20,13 +20,7 @@ from pwopt.cli.options import shape_option
     help="For images: raw, unit, imagenet, caffe or "
     "scale=1/255,mean=R:G:B,std=R:G:B,order=rgb|bgr.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Threads to measure the latency with.",
-)
+@threads_option
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
@@ -45,7 +39,7 @@ from pwopt.cli.options import shape_option
     metavar="X",
     help="How many times faster it must be.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.pass_context
 def command(
     context: click.Context,

@@ -33,3 +33,13 @@ shape_option = click.option(
     help="Shape of an input whose axes the model leaves open; may be repeated.",
 )
 """``--shape``, which may be repeated, as ``shapes: dict[str, tuple[int, ...]]``."""
+
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Threads to measure with.",
+)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

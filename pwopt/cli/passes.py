@@ -2,10 +2,12 @@
 
 import click
 
+from pwopt.cli.options import json_option
+
 
 @click.command(name="passes")
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def command(name: str | None, as_json: bool) -> None:
     """List the passes, or explain the one called NAME."""
     from pwopt.errors import SpecError

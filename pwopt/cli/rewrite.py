@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pwopt.cli.options import shape_option
+from pwopt.cli.options import json_option, shape_option
 
 if TYPE_CHECKING:
-    from pwopt.analysis import Choice
+    from pwopt.candidates import Choice
 
 SIDES: tuple["Choice", ...] = ("auto", "input", "output", "both")
 
@@ -25,12 +25,12 @@ SIDES: tuple["Choice", ...] = ("auto", "input", "output", "both")
 @click.option(
     "--sides",
     type=click.Choice(SIDES),
-    help="Where the 1×1 goes; auto takes, per layer, what keeps most of the weights of the forms "
-    "that pay well.  [default: auto]",
+    help="Where the 1×1 goes; auto takes, per layer, what loses least of the weight for the MACs "
+    "it saves.  [default: auto]",
 )
 @click.option("--pipeline", metavar="SPEC", help="Passes to run instead; see pwopt passes.")
 @shape_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def command(
     model: Path,
     output: Path | None,

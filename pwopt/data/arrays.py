@@ -63,7 +63,7 @@ def array_samples(path: Path, model: Model, *, preprocess: str | None, batch: in
 
 
 def _by_input(stored: dict[str, Array], declared: Sequence[Input], source: str) -> dict[str, Array]:
-    """The array for each input."""
+    """Find the array for each input."""
     names = [i.name for i in declared]
     if len(names) == 1 and names[0] not in stored and "images" in stored:
         return {names[0]: stored["images"]}
@@ -76,7 +76,7 @@ def _by_input(stored: dict[str, Array], declared: Sequence[Input], source: str) 
 
 
 def _image(array: Array, declared: Input, preprocess: str | None, source: str) -> ImageInput | None:
-    """How an array of 8-bit images is fed, None for an array that is fed as it is."""
+    """Tell how an array of 8-bit images is fed; None for an array that is fed as it is."""
     if array.dtype != np.uint8:
         return None
     if declared.dtype == np.uint8 and fits(array.shape[1:], declared.shape[1:]):

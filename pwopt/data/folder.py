@@ -5,7 +5,7 @@ folders are numbered by their sorted names, or by the number that is their name 
 """
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from pwopt.data.images import image_input, pillow, read_image
 from pwopt.data.samples import Feeds, Samples, fixed_batch, quoted
 from pwopt.errors import DataError
 from pwopt.model import Model
-from pwopt.shapes import bind, inputs
+from pwopt.shapes import InputShapes, bind, inputs
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -25,7 +25,7 @@ def folder_samples(
     *,
     preprocess: str | None,
     batch: int,
-    shapes: Mapping[str, Sequence[int]] | None,
+    shapes: InputShapes | None,
 ) -> Samples:
     """Open a folder for `model`, without reading an image. Arguments and errors as `open_data`."""
     pillow()  # or say at once that it is missing

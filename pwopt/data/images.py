@@ -55,7 +55,7 @@ class ImageInput:
         return f"[N, {height}, {width}, 3 or 1]"
 
     def takes(self, shape: tuple[int, ...]) -> bool:
-        """Whether 8-bit images of this shape fit; grayscale may leave out the last axis."""
+        """Tell whether 8-bit images of this shape fit; grayscale may leave out the last axis."""
         sides = ("N", *self.size)
         return any(fits(shape, expected) for expected in (sides, (*sides, 1), (*sides, 3)))
 
@@ -76,7 +76,7 @@ class ImageInput:
 
 
 def image_input(declared: Input, preprocess: str | None, source: str) -> ImageInput | None:
-    """How an input takes images, or None for an input that does not.
+    """Tell how an input takes images; None for an input that does not.
 
     Raises:
         SpecError: no preprocessing was named, or one that does not go with the input.

@@ -1,6 +1,6 @@
 """Seeded random inputs: enough to compare numbers, no measure of accuracy."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,17 +8,13 @@ import numpy as np
 from pwopt.data.samples import Array, Feeds, Samples, batched
 from pwopt.errors import DataError
 from pwopt.model import Model
-from pwopt.shapes import bind, inputs
+from pwopt.shapes import InputShapes, bind, inputs
 
 BATCHES = 4
 
 
 def random_data(
-    model: Model,
-    shapes: Mapping[str, Sequence[int]] | None = None,
-    *,
-    batch: int = 1,
-    seed: int = 0,
+    model: Model, shapes: InputShapes | None = None, *, batch: int = 1, seed: int = 0
 ) -> Samples:
     """Draw `BATCHES` feeds for every input of `model`, its open axes bound by `shapes`.
 

@@ -95,14 +95,14 @@ class Samples:
 
 
 def batched(inputs: Sequence[Input]) -> list[str]:
-    """Inputs whose first axis counts samples: the open ones, else those as long as the first."""
+    """List inputs whose first axis counts samples: open ones, else those as long as the first."""
     ranked = [i for i in inputs if i.shape]
     opened = [i.name for i in ranked if not isinstance(i.shape[0], int)]
     return opened or [i.name for i in ranked if i.shape[0] == ranked[0].shape[0]]
 
 
 def fixed_batch(inputs: Sequence[Input]) -> int | None:
-    """The batch size that a model with these inputs demands, None if any will do."""
+    """Return the batch size that a model with these inputs demands; None if any will do."""
     sizes = [i.shape[0] for i in inputs if i.name in batched(inputs)]
     return sizes[0] if sizes and isinstance(sizes[0], int) else None
 
@@ -138,7 +138,7 @@ def count_rows(arrays: Feeds, inputs: Sequence[Input], source: str) -> int:
 
 
 def class_numbers(labels: Any, samples: int, source: str) -> Labels:
-    """Labels as int64 [samples].
+    """Read labels as int64 [samples].
 
     Raises:
         DataError: not integers, or not one for each sample.
@@ -155,7 +155,7 @@ def class_numbers(labels: Any, samples: int, source: str) -> Labels:
 
 
 def fits(shape: Sequence[int], expected: Sequence[int | str | None]) -> bool:
-    """Whether a shape is as declared; open axes take any size."""
+    """Tell whether a shape is as expected; open axes take any size."""
     return len(shape) == len(expected) and all(
         size == want or not isinstance(want, int)
         for size, want in zip(shape, expected, strict=True)
@@ -163,17 +163,17 @@ def fits(shape: Sequence[int], expected: Sequence[int | str | None]) -> bool:
 
 
 def misfit(source: str, name: str, shape: Sequence[int], expected: str) -> DataError:
-    """The error for an array that does not fit its input."""
+    """Make the error for an array that does not fit its input."""
     return DataError(f"{source}: '{name}' has shape {_text(shape)}, but the model takes {expected}")
 
 
 def quoted(names: Iterable[str]) -> str:
-    """Names as messages give them."""
+    """Write names as messages give them."""
     return ", ".join(f"'{name}'" for name in sorted(names)) or "nothing"
 
 
 def _cast(value: Array, declared: Input, source: str) -> Array:
-    """The array in the input's type, if that loses no more than precision.
+    """Cast an array to the input's type, if that loses no more than precision.
 
     Raises:
         DataError: another kind of numbers, NaN or infinity.

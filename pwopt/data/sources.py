@@ -1,6 +1,6 @@
 """Any source of samples by what it is: a file, a folder, a callable, a reader."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pwopt.data.generated import (
 from pwopt.data.samples import Samples
 from pwopt.errors import DataError
 from pwopt.model import Model
+from pwopt.shapes import InputShapes
 
 Source = str | Path | CalibrationDataReader | Callable[[], Iterable[Any]]
 
@@ -25,7 +26,7 @@ def open_data(
     *,
     preprocess: str | None = None,
     batch: int = 32,
-    shapes: Mapping[str, Sequence[int]] | None = None,
+    shapes: InputShapes | None = None,
 ) -> Samples:
     """Open samples for `model`.
 

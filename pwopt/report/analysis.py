@@ -2,20 +2,19 @@
 
 import csv
 import io
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from statistics import median_high
 from typing import Any, Literal
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from pwopt.analysis import Analysis, Candidate, Layer
-from pwopt.report.console import PLAIN_WIDTH, stdout
-from pwopt.report.units import scaled
+from pwopt.analysis import Analysis, Layer
+from pwopt.candidates import Candidate
+from pwopt.report.style import PLAIN_WIDTH, bare_table, json_text, scaled, stdout
 
 _COLUMNS = (
     "layer", "kernel", "channels", "output", "params", "MACs", "share", "ms", "split, or why not",
@@ -26,30 +25,35 @@ _FULL_WIDTH = 118  # below it, a terminal gets a table without the output sizes 
 _ALIKE = 3  # layers left alone for one reason are listed one by one up to this many
 
 
-def text(analysis: Analysis, style: str) -> str:
-    """Render as ``table``, ``json`` or ``csv``, without colour."""
-    if style == "json":
-        return json.dumps(to_dict(analysis), indent=2, ensure_ascii=False) + "\n"
-    if style == "csv":
-        return _csv(analysis)
-    console = Console(file=io.StringIO(), width=PLAIN_WIDTH, color_system=None)
+def to_text(analysis: Analysis) -> str:
+    """Write the table without colour."""
+    console = Console(width=PLAIN_WIDTH, color_system=None)
     with console.capture() as capture:
-        console.print(_renderable(analysis, PLAIN_WIDTH))
+        console.print(_layout(analysis, PLAIN_WIDTH))
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
-def show(analysis: Analysis) -> None:
+def to_json(analysis: Analysis) -> str:
+    """Write the analysis as one JSON object."""
+    return json_text(asdict(analysis)) + "\n"
+
+
+def to_csv(analysis: Analysis) -> str:
+    """Write a row per layer, its candidate's fields in columns of their own, sizes as 1x3x32x32."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, _columns(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(_flat, analysis.layers))
+    return buffer.getvalue()
+
+
+def print_table(analysis: Analysis) -> None:
     """Print the table on stdout: in colour on a terminal, plain where it is piped."""
     console = stdout()
     if console.is_terminal:
-        console.print(_renderable(analysis, console.width))
+        console.print(_layout(analysis, console.width))
     else:
-        console.file.write(text(analysis, "table"))
-
-
-def to_dict(analysis: Analysis) -> dict[str, Any]:
-    """Return what ``--json`` prints."""
-    return {"schema": 1, **asdict(analysis)}
+        console.file.write(to_text(analysis))
 
 
 def next_step(analysis: Analysis, path: str) -> str:
@@ -64,7 +68,7 @@ def next_step(analysis: Analysis, path: str) -> str:
 # -- table ------------------------------------------------------------------------------------
 
 
-def _renderable(analysis: Analysis, width: int) -> RenderableType:
+def _layout(analysis: Analysis, width: int) -> Group:
     table = _table(analysis, full=width >= _FULL_WIDTH)
     return Group(Text(_headline(analysis)), table, Text(_summary(analysis)))
 
@@ -89,7 +93,7 @@ def _table(analysis: Analysis, *, full: bool) -> Table:
     left_out = set() if full else {"output", "params"}
     if analysis.run_ms is None:
         left_out.add("ms")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = bare_table()
     for column in _COLUMNS:
         if column not in left_out:
             side: Literal["left", "right"] = "left" if column in _TEXTS else "right"
@@ -187,16 +191,6 @@ def _times(sizes: Sequence[int | None]) -> str:
 
 
 # -- CSV --------------------------------------------------------------------------------------
-
-
-def _csv(analysis: Analysis) -> str:
-    """One row a layer; the fields of its candidate in columns of their own, sizes as 1x3x32x32."""
-    buffer = io.StringIO()
-    rows = [_flat(layer) for layer in analysis.layers]
-    writer = csv.DictWriter(buffer, _columns(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
 
 
 def _columns() -> list[str]:

@@ -1,22 +1,19 @@
 """A Verdict as a table to read, or as JSON."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from pwopt.checking import Verdict
 from pwopt.comparing import Accuracy, Equivalence
-from pwopt.report.console import stdout
-from pwopt.report.units import scaled
+from pwopt.report.style import bare_table, json_text, scaled, stdout
 
 
 def to_json(verdict: Verdict) -> str:
     """Write the verdict as one JSON object."""
-    return json.dumps({"schema": 1, **asdict(verdict)}, indent=2, ensure_ascii=False)
+    return json_text(asdict(verdict))
 
 
 def print_table(verdict: Verdict) -> None:
@@ -26,7 +23,7 @@ def print_table(verdict: Verdict) -> None:
 
 def table(verdict: Verdict) -> Group:
     """Lay out before, after and the difference, a line for each measure."""
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    grid = bare_table()
     grid.add_column("", no_wrap=True)
     grid.add_column("original", justify="right", no_wrap=True)
     grid.add_column("rewritten", justify="right", no_wrap=True)

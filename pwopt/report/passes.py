@@ -1,15 +1,13 @@
 """The list of passes, and the help of one: as tables or JSON."""
 
 import inspect
-import json
 import sys
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
 import click
-from rich.table import Table
 
-from pwopt.report.console import stdout
+from pwopt.report.style import bare_table, json_text, stdout
 from pwopt.rewriting import Pass, value_text
 from pwopt.spec import is_required, option_types
 
@@ -33,12 +31,12 @@ def to_json(passes: list[type[Pass]]) -> str:
         }
         for kind in passes
     ]
-    return json.dumps({"schema": 1, "passes": described}, indent=2, ensure_ascii=False)
+    return json_text({"passes": described})
 
 
 def print_table(passes: list[type[Pass]]) -> None:
     """Print one line per pass."""
-    table = Table(box=None, pad_edge=False)
+    table = bare_table()
     for column in ("pass", "exact", "what it does", "options"):
         table.add_column(column, no_wrap=column in ("pass", "exact"))
     for kind in passes:

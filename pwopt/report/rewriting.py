@@ -1,6 +1,5 @@
 """What a rewrite did: as tables or JSON."""
 
-import json
 import shlex
 from collections import defaultdict
 from dataclasses import asdict
@@ -9,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from pwopt.analysis import Size
-from pwopt.report.console import stdout
+from pwopt.report.style import bare_table, json_text, stdout
 from pwopt.rewriting import Event
 from pwopt.workflow import Rewritten
 
@@ -19,28 +18,18 @@ _PLACES = 3  # how many layers stand for all that share a reason
 
 def to_json(result: Rewritten, output: Path) -> str:
     """Write the result as one JSON object."""
-    events = [
+    return json_text(
         {
-            "pass": report.name,
-            "kind": event.kind,
-            "where": event.where,
-            "reason": event.reason,
-            "data": dict(event.data),
-        }
-        for report in result.reports
-        for event in report.events
-    ]
-    return json.dumps(
-        {
-            "schema": 1,
             "output": str(output),
             "pipeline": str(result.pipeline),
-            "events": events,
+            "events": [
+                {"pass": report.name, **asdict(event)}
+                for report in result.reports
+                for event in report.events
+            ],
             "before": asdict(result.before),
             "after": asdict(result.after),
-        },
-        indent=2,
-        ensure_ascii=False,
+        }
     )
 
 
@@ -68,7 +57,7 @@ def next_step(model: Path, output: Path) -> str:
 
 
 def _splits(events: list[Event]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = bare_table()
     table.add_column("  layer", overflow="fold", min_width=12)
     for column in ("split", "predicted", "keeps"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -84,7 +73,7 @@ def _splits(events: list[Event]) -> Table:
 
 
 def _reasons(events: list[Event], what: str) -> Table:
-    """One line a reason, with the first places; further lines of it are indented."""
+    """Write one line a reason, with the first places; further lines of it are indented."""
     table = Table.grid(padding=(0, 1))
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
@@ -96,7 +85,7 @@ def _reasons(events: list[Event], what: str) -> Table:
 
 
 def _grouped(events: list[Event]) -> list[tuple[str, list[Event]]]:
-    """Reason → events, the most frequent reason first."""
+    """Group by reason, the most frequent one first."""
     groups: dict[str, list[Event]] = defaultdict(list)
     for event in events:
         groups[event.reason].append(event)
@@ -104,7 +93,7 @@ def _grouped(events: list[Event]) -> list[tuple[str, list[Event]]]:
 
 
 def _sizes(before: Size, after: Size) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = bare_table()
     table.add_column("")
     for column in ("before", "after", "ratio"):
         table.add_column(column, justify="right")

@@ -7,7 +7,8 @@ message it came from, and only what was edited is written anew.
 """
 
 from pwopt.roundtrip.reading import Origins, read
-from pwopt.roundtrip.tensors import SMALL, with_data
+from pwopt.roundtrip.tensors import SMALL, dtype, with_data
+from pwopt.roundtrip.variables import axes
 from pwopt.roundtrip.writing import copy_fields, write
 
-__all__ = ["SMALL", "Origins", "copy_fields", "read", "with_data", "write"]
+__all__ = ["SMALL", "Origins", "axes", "copy_fields", "dtype", "read", "with_data", "write"]

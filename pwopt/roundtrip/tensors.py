@@ -41,7 +41,7 @@ class TensorValues(LazyValues):  # type: ignore[misc]
             ) from error
 
     def equal(self, values: npt.NDArray[Any]) -> bool:
-        """Whether values that were read, and perhaps edited in place, are still what they were."""
+        """Tell whether values, perhaps edited in place, are still what they were when read."""
         if (self.dtype, tuple(self.shape)) != (values.dtype, values.shape):
             return False
         before = self.load()

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import ValueInfoProto, helper
+from onnx import TensorShapeProto, ValueInfoProto, helper
 
 from pwopt.roundtrip.tensors import dtype
 
@@ -18,7 +18,7 @@ def type_of(tensor: gs.Tensor) -> Type:
 
 
 def read_variable(info: ValueInfoProto) -> gs.Variable:
-    """Make a variable; open axes are a symbol's name or None.
+    """Make a variable of the type and shape that `info` declares.
 
     Raises:
         ModelError: an element type that the installed onnx does not know.
@@ -27,11 +27,15 @@ def read_variable(info: ValueInfoProto) -> gs.Variable:
     kind = dtype(tensor.elem_type) if tensor.elem_type else None
     if not tensor.HasField("shape"):
         return gs.Variable(info.name, kind)
-    shape = [
-        d.dim_param or None if d.WhichOneof("value") != "dim_value" else d.dim_value
-        for d in tensor.shape.dim
-    ]
-    return gs.Variable(info.name, kind, shape)
+    return gs.Variable(info.name, kind, list(axes(tensor.shape)))
+
+
+def axes(shape: TensorShapeProto) -> tuple[int | str | None, ...]:
+    """Read a shape; open axes are a symbol's name or None."""
+    return tuple(
+        d.dim_value if d.WhichOneof("value") == "dim_value" else d.dim_param or None
+        for d in shape.dim
+    )
 
 
 def write_value(original: ValueInfoProto, tensor: gs.Tensor, before: Type | None) -> ValueInfoProto:
@@ -43,8 +47,8 @@ def write_value(original: ValueInfoProto, tensor: gs.Tensor, before: Type | None
         return info
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
     edited = helper.make_tensor_type_proto(kind, tensor.shape)
-    axes = info.type.tensor_type.shape.dim
-    for axis, old in zip(edited.tensor_type.shape.dim, axes, strict=False):
+    before_axes = info.type.tensor_type.shape.dim
+    for axis, old in zip(edited.tensor_type.shape.dim, before_axes, strict=False):
         if old.denotation:
             axis.denotation = old.denotation
     if info.type.denotation:

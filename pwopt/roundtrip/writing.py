@@ -184,7 +184,7 @@ def _is_constant(node: gs.Node) -> bool:
 
 
 def _is_same(value: Any, before: Any) -> bool:
-    """Whether an attribute is what it was, as far as can be seen without looking inside."""
+    """Tell whether an attribute is what it was, as far as can be seen without looking inside."""
     if isinstance(value, (gs.Graph, gs.Constant, AttributeProto)):
         return False
     return value is before or (type(value) is type(before) and bool(value == before))

@@ -1,0 +1,40 @@
+"""What all reports look like: the console, tables, JSON and numbers."""
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PLAIN_WIDTH = 120
+"""Columns where there is no terminal whose width would tell."""
+
+
+def stdout() -> Console:
+    """Return a console on stdout: as wide as the terminal, plain where it is piped.
+
+    Names of layers are printed as they are, also where they look like markup.
+    """
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def bare_table() -> Table:
+    """Return a table without lines, its columns two spaces apart."""
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+
+
+def json_text(result: dict[str, Any]) -> str:
+    """Write a result as one JSON object, its schema's version ahead."""
+    return json.dumps({"schema": 1, **result}, indent=2, ensure_ascii=False)
+
+
+def scaled(amount: float, unit: str = "") -> str:
+    """Write three digits and a unit: 12.3 M, 12.3 MB."""
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if amount >= factor:
+            value = amount / factor
+            digits = 2 if value < 10 else 1 if value < 100 else 0
+            return f"{value:.{digits}f} {prefix}{unit}"
+    return f"{amount:.0f} {unit}".rstrip()
