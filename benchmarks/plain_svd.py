@@ -1,6 +1,6 @@
 """What plain SVD bottlenecks buy and cost: speed-up and accuracy of pretrained networks.
 
-usage: python benchmarks/plain_svd.py ASSETS > table.md
+usage: python benchmarks/plain_svd.py ASSETS [NETWORK]... > table.md
 
 ASSETS holds ``models/`` and ``data/`` with pretrained networks and evaluation data. One thread,
 batch 1; both models of a row are timed in turn, run by run; the interval of the speed-up is a 95 %
@@ -32,10 +32,12 @@ CASES = (
 )
 
 
-def main(assets: Path) -> None:
+def main(assets: Path, *names: str) -> None:
     print("| network | rank | split | MACs ÷ | speed-up | top-1 | change |")
     print("|---|---|---|---|---|---|---|")
     for case in CASES:
+        if names and case.model.removesuffix(".onnx") not in names:
+            continue
         model = pwopt.Model.load(assets / "models" / case.model)
         for rank in case.ranks:
             print(row(model, case, rank, assets / "data" / case.data), flush=True)
@@ -60,4 +62,4 @@ def row(model: pwopt.Model, case: Case, rank: int, data: Path) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-RANK = 32
+RANK = 48
 
 
 @click.command(name="demo")

@@ -1,5 +1,7 @@
 """Options that several commands share."""
 
+import os
+
 import click
 
 
@@ -36,7 +38,7 @@ shape_option = click.option(
 
 threads_option = click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=os.cpu_count()),
     default=1,
     show_default=True,
     help="Threads to measure with.",
