@@ -106,10 +106,13 @@ def _fold(graph: gs.Graph, node: gs.Node, tensor: gs.Tensor, names: Names) -> st
         return affine
 
     along = [channels if i == axis else 1 for i in range(len(weight.shape))]
-    new_weight = (weight.values * affine.scale.reshape(along)).astype(weight.dtype)
+    exact = weight.values * affine.scale.reshape(along)
+    new_weight = exact.astype(weight.dtype)
     new_bias = (bias * affine.scale + affine.shift).astype(weight.dtype)
     if not (np.isfinite(new_weight).all() and np.isfinite(new_bias).all()):
         return f"the folded weight would not be finite in {weight.dtype.name}"
+    if _loses_digits(new_weight, exact, axis):
+        return f"the folded weight would be too small for {weight.dtype.name}"
     layer.attrs.pop("beta", None)
     _set_constant(graph, layer, 1, new_weight, names, "weight")
     _set_constant(graph, layer, 2, new_bias, names, "bias")
@@ -120,6 +123,14 @@ def _fold(graph: gs.Graph, node: gs.Node, tensor: gs.Tensor, names: Names) -> st
     layer.outputs.append(output)
     replace(graph, node, [])
     return None
+
+
+def _loses_digits(rounded: Array, exact: Array, axis: int) -> bool:
+    """Tell whether a whole channel is so small that its type rounds it coarsely, or to zero."""
+    others = tuple(i for i in range(exact.ndim) if i != axis)
+    error = np.abs(rounded - exact).max(axis=others)
+    size = np.abs(exact).max(axis=others)
+    return bool((error > 2 * np.finfo(rounded.dtype).eps * size).any())
 
 
 def _bias(layer: gs.Node, channels: int) -> Array | str:

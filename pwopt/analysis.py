@@ -6,9 +6,11 @@ from math import prod
 from pathlib import Path
 
 import onnx_graphsurgeon as gs
+from onnx import ModelProto
 
 from pwopt import cost
 from pwopt.candidates import Candidate, candidate, check_rank
+from pwopt.errors import ModelError
 from pwopt.graph import all_nodes, constant, is_op, label, shape_of
 from pwopt.model import Model
 from pwopt.shapes import InputShapes, Shape, bind, infer
@@ -63,11 +65,11 @@ class Size:
     Parameters are the constants of floating point, and of 8 bits or fewer where quantized, that
     some node reads, the statistics of BatchNormalization among them; integers of 32 and 64 bits
     are shapes and indices and do not count. `weight_bytes` are the bytes of the same constants.
-    MACs and nodes are those of the main graph.
+    MACs and nodes are those of the main graph; None where the shape of a layer is not known.
     """
 
     params: int
-    macs: int
+    macs: int | None
     weight_bytes: int
     nodes: int
 
@@ -93,7 +95,7 @@ class Analysis:
 
 
 def analyze(
-    model: Model | str | Path,
+    model: Model | ModelProto | str | Path,
     *,
     shapes: InputShapes | None = None,
     bottleneck: int | None = None,
@@ -116,8 +118,7 @@ def analyze(
         SpecError: `shapes` does not fit the model's inputs, or `bottleneck` no convolution.
         ModelError: the file is no model, a weight holds NaN, or onnxruntime cannot run the model.
     """
-    if not isinstance(model, Model):
-        model = Model.load(model)
+    model = Model.open(model)
     binding = bind(model, shapes)
     known = infer(model, binding)
     if bottleneck is not None:
@@ -143,17 +144,23 @@ def analyze(
 def size(model: Model, shapes: InputShapes | None = None) -> Size:
     """Count parameters, MACs, weight bytes and nodes of a model, as `analyze` does.
 
+    Where the input shapes must be given and are not, the MACs are not known.
+
     Raises:
         SpecError: `shapes` does not fit the model's inputs.
     """
-    return _size(model, infer(model, bind(model, shapes)))
+    try:
+        known = infer(model, bind(model, shapes))
+    except ModelError:
+        known = {}
+    return _size(model, known)
 
 
 def _layer(
     node: gs.Node,
     split: Candidate | str,
     shapes: Mapping[str, Shape],
-    total_macs: int,
+    total_macs: int | None,
     times: Mapping[str, float],
 ) -> Layer:
     inputs = [shape_of(tensor, shapes) for tensor in node.inputs]
@@ -175,7 +182,7 @@ def _layer(
         output_shape=output,
         params=sum(prod(c.shape) for c in constants),
         macs=macs,
-        mac_share=None if macs is None else macs / max(total_macs, 1),
+        mac_share=None if macs is None or total_macs is None else macs / max(total_macs, 1),
         time_ms=times.get(node.outputs[0].name),
         candidate=split if isinstance(split, Candidate) else None,
         why_not=split if isinstance(split, str) else None,
@@ -211,9 +218,11 @@ def _size(model: Model, shapes: Mapping[str, Shape]) -> Size:
         for tensor in (*node.inputs, *node.attrs.values())
         if isinstance(tensor, gs.Constant) and cost.is_parameter(tensor.dtype)
     }.values()
+    macs = [_macs(node, shapes) for node in _layer_nodes(model.graph.nodes)]
+    known = [count for count in macs if count is not None]
     return Size(
         params=sum(prod(weight.shape) for weight in weights),
-        macs=sum(_macs(node, shapes) or 0 for node in _layer_nodes(model.graph.nodes)),
+        macs=sum(known) if len(known) == len(macs) else None,
         weight_bytes=sum(cost.tensor_bytes(prod(w.shape), w.dtype) for w in weights),
         nodes=len(model.graph.nodes),
     )

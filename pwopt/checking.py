@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ class Verdict:
         latency: Before and after.
         size: Of the files.
         cost: Before and after; None where the shapes cannot be inferred.
-        passed: Whether all bounds are met and no value became NaN or infinite.
+        passed: Whether all bounds are met, finite values were compared, and none became NaN or
+            infinite.
         reasons: Why not.
     """
 
@@ -117,11 +119,12 @@ def check(
         progress: Told how far it is.
 
     Raises:
-        SpecError: options that do not go together.
+        SpecError: options that are out of range or do not go together.
         DataError: samples that do not fit the model.
         ModelError: a model that cannot be loaded or run, or whose inputs or outputs differ from
             the other's.
     """
+    _check_options(threads, batch, max_drop, min_speedup)
     if data is None and max_drop is not None:
         raise SpecError("--max-drop: random inputs cannot tell; add --data")
     if data is None and preprocess is not None:
@@ -130,7 +133,7 @@ def check(
     model = pair.original.model
     fixed = fixed_batch(inputs(model))
     if batch is not None and fixed not in (None, batch):
-        raise SpecError(f"--batch {batch}: {model.name} takes batches of {fixed} only")
+        raise SpecError(f"--batch {batch}: {pair.names[0]} takes batches of {fixed} only")
     if data is None:
         samples = random_data(model, shapes, batch=batch or 1, seed=seed)
     else:
@@ -151,8 +154,8 @@ def check(
     reasons += _too_slow(min_speedup, latency.speedup)
     one = samples.resize(first.feeds, fixed or 1)
     return Verdict(
-        original=pair.original.name,
-        rewritten=pair.rewritten.name,
+        original=pair.names[0],
+        rewritten=pair.names[1],
         data=Inputs(samples.name, comparison.samples, data is None, samples.assumed),
         equivalence=equivalence,
         accuracy=accuracy,
@@ -166,6 +169,19 @@ def check(
     )
 
 
+def _check_options(
+    threads: int, batch: int | None, max_drop: float | None, min_speedup: float | None
+) -> None:
+    if threads < 1:
+        raise SpecError(f"--threads {threads}: must be at least 1")
+    if batch is not None and batch < 1:
+        raise SpecError(f"--batch {batch}: must be at least 1")
+    if max_drop is not None and not max_drop >= 0:  # nor NaN
+        raise SpecError(f"--max-drop {max_drop:g}: must be a number of points from 0")
+    if min_speedup is not None and not 0 <= min_speedup < inf:
+        raise SpecError(f"--min-speedup {min_speedup:g}: must be a finite number from 0")
+
+
 def _compare(pair: Pair, samples: Samples, report: Progress) -> tuple[Comparison, Batch]:
     """Run both on all samples; return the first batch too."""
     comparison: Comparison | None = None
@@ -174,7 +190,7 @@ def _compare(pair: Pair, samples: Samples, report: Progress) -> tuple[Comparison
             first, comparison = batch, Comparison(class_scores(before, batch.samples))
         if batch.labels is not None:
             scores = before[comparison.scores] if comparison.scores else None
-            _check_labels(batch.labels, scores, samples.name, pair.original.name)
+            _check_labels(batch.labels, scores, samples.name, pair.names[0])
         comparison.add(before, after, batch.samples, batch.labels)
         report("samples", comparison.samples, samples.count)
     assert comparison is not None  # sources without samples raise
@@ -208,12 +224,18 @@ def _cost(pair: Pair, shapes: InputShapes) -> Cost | None:
 
 
 def _broken(equivalence: Equivalence, pair: Pair) -> list[str]:
-    if not equivalence.nonfinite:
-        return []
-    return [
-        f"{equivalence.nonfinite:,} output values are NaN or infinite in only one of "
-        f"{pair.original.name} and {pair.rewritten.name}"
-    ]
+    original, rewritten = pair.names
+    reasons = []
+    if equivalence.nonfinite:
+        reasons.append(
+            f"{equivalence.nonfinite:,} output values are NaN or infinite in only one of "
+            f"{original} and {rewritten}"
+        )
+    if not equivalence.compared:
+        reasons.append(
+            f"no output value is finite in both {original} and {rewritten}: nothing was compared"
+        )
+    return reasons
 
 
 def _dropped(

@@ -37,6 +37,8 @@ class Equivalence:
         snr_db: 10 log₁₀(Σ a² / Σ (a − b)²) in decibels; None if no value differs.
         nonfinite: Values that are NaN or infinite in one of the two only, or differently so.
             They are left out of the measures above.
+        nonfinite_both: Values that are NaN or infinite in both alike; left out too.
+        compared: Values that are finite in both: all that the measures are of.
     """
 
     max_abs: float
@@ -44,6 +46,8 @@ class Equivalence:
     cosine: float
     snr_db: float | None
     nonfinite: int
+    nonfinite_both: int
+    compared: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,8 @@ class Comparison:
             cosine=min(output.cosine for output in outputs),
             snr_db=min(ratios, default=None),
             nonfinite=sum(output.nonfinite for output in outputs),
+            nonfinite_both=sum(output.nonfinite_both for output in outputs),
+            compared=sum(output.compared for output in outputs),
         )
 
     def agreement(self) -> float | None:
@@ -188,6 +194,8 @@ class _Difference:
     max_error: float = 0.0
     max_before: float = 0.0
     nonfinite: int = 0
+    nonfinite_both: int = 0
+    compared: int = 0
 
     def add(self, before: Array, after: Array) -> None:
         a, b = before.astype(np.float64).ravel(), after.astype(np.float64).ravel()
@@ -195,7 +203,9 @@ class _Difference:
         if not finite.all():
             equal = (a == b) | (np.isnan(a) & np.isnan(b))
             self.nonfinite += int((~finite & ~equal).sum())
+            self.nonfinite_both += int((~finite & equal).sum())
             a, b = a[finite], b[finite]
+        self.compared += a.size
         if not a.size:
             return
         error = a - b

@@ -1,6 +1,11 @@
 """What a user sees when something is wrong: one line, never a traceback."""
 
 
+def printable(text: str) -> str:
+    """Escape what would break a line or talk to the terminal: names come from the model."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class PwoptError(Exception):
     """The work failed (exit code 1). The message names the file, the layer and what to do."""
 

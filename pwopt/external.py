@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import math
-import os
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -136,7 +136,7 @@ def moved_out(model: ModelProto, folder: str, path: Path) -> Iterator[None]:
         PwoptError: the file cannot be written.
     """
     inside = [t for t in model.graph.initializer if t.data_location != TensorProto.EXTERNAL]
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.data")
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.data")
     digest = hashlib.sha256()
     moved = []
     with atomic_write(scratch, called=path) as file:

@@ -33,6 +33,17 @@ class Model:
         """Where external weights lie."""
 
     @classmethod
+    def open(cls, model: "Model | ModelProto | str | Path") -> "Model":
+        """Return the model itself, the model of a message, or the one in a file.
+
+        Raises:
+            ModelError: the file cannot be read, see `load`.
+        """
+        if isinstance(model, Model):
+            return model
+        return cls(model) if isinstance(model, ModelProto) else cls.load(model)
+
+    @classmethod
     def load(cls, path: str | Path) -> "Model":
         """Read and check a model file; external weights stay where they are until asked for.
 

@@ -48,11 +48,6 @@ class Side:
             return cls(model, model)
         return cls(Model.load(model), Path(model))
 
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return self.model.name
-
     def file_bytes(self) -> int:
         """Count the bytes of its file, external weights included, or of the one it would have."""
         if isinstance(self.source, Path):
@@ -68,6 +63,14 @@ class Pair:
     original: Side
     rewritten: Side
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """What messages call them: their names, or their paths if the names are equal."""
+        a, b = self.original.model, self.rewritten.model
+        if a.name == b.name and a.path and b.path:
+            return str(a.path), str(b.path)
+        return a.name, b.name
+
     def outputs(self, samples: Samples) -> Iterator[tuple[Batch, Outputs, Outputs]]:
         """Run both on all samples, with all cores; rows that filled up a batch are cut off.
 
@@ -76,16 +79,17 @@ class Pair:
             ModelError: a model that cannot be run, or whose outputs differ in name, type or shape.
         """
         before, after = self._sessions(_cores())
+        original, rewritten = self.names
         for batch in samples:
             rows = samples.rows(batch.feeds)
-            a = runtime.run(before, batch.feeds, name=self.original.name)
-            b = runtime.run(after, batch.feeds, name=self.rewritten.name)
+            a = runtime.run(before, batch.feeds, name=original)
+            b = runtime.run(after, batch.feeds, name=rewritten)
             for name in a:
                 if a[name].shape != b[name].shape:
                     raise ModelError(
-                        f"{self.rewritten.name}: its output '{name}' has shape "
-                        f"{list(b[name].shape)}, that of {self.original.name} "
-                        f"{list(a[name].shape)}; compare a model with its own rewrite"
+                        f"{rewritten}: its output '{name}' has shape {list(b[name].shape)}, "
+                        f"that of {original} {list(a[name].shape)}; compare a model with its own "
+                        "rewrite"
                     )
             yield batch, _cut(a, rows, batch.samples), _cut(b, rows, batch.samples)
 
@@ -99,6 +103,7 @@ class Pair:
     def _sessions(self, threads: int) -> list[ort.InferenceSession]:
         """Load both; they must have the same inputs, and outputs of the same names and types."""
         sides = (self.original, self.rewritten)
+        original, rewritten = self.names
         sessions = [runtime.session(side.source, threads=threads) for side in sides]
         for what, (a, b) in (
             ("inputs", [_signature(s.get_inputs(), shapes=True) for s in sessions]),
@@ -106,8 +111,8 @@ class Pair:
         ):
             if a != b:
                 raise ModelError(
-                    f"{self.rewritten.name}: its {what} ({b}) are not those of "
-                    f"{self.original.name} ({a}); compare a model with its own rewrite"
+                    f"{rewritten}: its {what} ({b}) are not those of {original} ({a}); compare a "
+                    "model with its own rewrite"
                 )
         return sessions
 

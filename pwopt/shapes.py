@@ -115,13 +115,15 @@ def infer(model: Model, binding: Binding) -> dict[str, Shape]:
     proto = model.skeleton()
     declared = {i.name: _shape(i) for i in (*proto.graph.value_info, *proto.graph.output)}
     del proto.graph.value_info[:]
-    for info in proto.graph.output:
-        if info.type.HasField("tensor_type"):  # inference is told about inputs alone
-            info.type.tensor_type.ClearField("shape")
-    for info in proto.graph.input:
+    # Inference is told about inputs and weights alone; an output may be one of them.
+    told = {i.name for i in (*proto.graph.input, *proto.graph.initializer)}
+    for info in (*proto.graph.input, *proto.graph.output):
+        kind = info.type.tensor_type
         if info.name in binding.shapes:
-            kind = info.type.tensor_type.elem_type
-            info.type.CopyFrom(helper.make_tensor_type_proto(kind, binding.shapes[info.name]))
+            shape = binding.shapes[info.name]
+            info.type.CopyFrom(helper.make_tensor_type_proto(kind.elem_type, shape))
+        elif info.name not in told and info.type.HasField("tensor_type"):
+            kind.ClearField("shape")
     try:
         inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
     except onnx.shape_inference.InferenceError as error:
@@ -129,7 +131,7 @@ def infer(model: Model, binding: Binding) -> dict[str, Shape]:
             raise ModelError(f"{model.name}: {_explain(error, binding)}") from error
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     graph = inferred.graph
-    shapes = {i.name: _shape(i) for i in (*graph.input, *graph.output, *graph.value_info)}
+    shapes = {i.name: _shape(i) for i in (*graph.output, *graph.value_info, *graph.input)}
     shapes |= {t.name: tuple(t.dims) for t in graph.initializer}
     known = declared | {name: shape for name, shape in shapes.items() if shape is not None}
     return {name: shape for name, shape in known.items() if shape is not None}
@@ -143,8 +145,10 @@ def _input(model: Model, info: onnx.ValueInfoProto) -> Input:
         raise ModelError(
             f"{model.name}: input '{info.name}' declares no shape; export the model with one"
         )
+    # Old exporters write −1 for an open axis.
+    shape = (None if isinstance(axis, int) and axis < 0 else axis for axis in axes(tensor.shape))
     try:
-        return Input(info.name, dtype(tensor.elem_type), axes(tensor.shape))
+        return Input(info.name, dtype(tensor.elem_type), tuple(shape))
     except ModelError as error:
         raise ModelError(f"{model.name}: input '{info.name}': {error}") from error
 

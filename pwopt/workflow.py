@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnx import ModelProto
+
 from pwopt.analysis import Size, size
 from pwopt.candidates import Choice
 from pwopt.errors import SpecError
@@ -31,7 +33,7 @@ class Rewritten:
 
 
 def rewrite(
-    model: Model | str | Path,
+    model: Model | ModelProto | str | Path,
     *,
     bottleneck: int | None = None,
     sides: Choice = "auto",
@@ -58,7 +60,7 @@ def rewrite(
     if pipeline is None:
         pipeline = f"fold-affine,bottleneck{{rank={bottleneck},sides={sides}}}"
     steps = parse(pipeline) if isinstance(pipeline, str) else pipeline
-    original = model if isinstance(model, Model) else Model.load(model)
+    original = Model.open(model)
     result = original.copy()
     reports = steps.run(result, Context(shapes=shapes), [Verify(), *observers])
     return Rewritten(result, steps, reports, size(original, shapes), size(result, shapes))

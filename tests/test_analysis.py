@@ -345,8 +345,20 @@ def test_an_unknown_map_size_leaves_macs_open_but_not_the_candidate() -> None:
     net = model(nodes, {"w": weight(64, 64, 3, 3)}, extra_inputs=[target])
     analysis = analyze(net)
     layer = only_layer(analysis)
-    assert (layer.macs, layer.mac_share, analysis.totals.macs) == (None, None, 0)
+    assert (layer.macs, layer.mac_share, analysis.totals.macs) == (None, None, None)
     assert layer.candidate is not None
+
+
+def test_an_input_that_is_an_output_too_keeps_its_shape() -> None:
+    net = model([conv("x", "w", "y")], {"w": weight(64, 64, 3, 3)})
+    macs = analyze(net).totals.macs
+    net.proto.graph.output.append(net.proto.graph.input[0])
+    assert analyze(Model(net.proto)).totals.macs == macs
+
+
+def test_a_message_is_a_model_too() -> None:
+    net = model([conv("x", "w", "y")], {"w": weight(64, 64, 3, 3)})
+    assert analyze(net.proto) == analyze(net)
 
 
 def test_layers_inside_subgraphs_and_functions_are_named_as_not_counted() -> None:

@@ -34,6 +34,10 @@ def raises_later():
     yield {"images": np.zeros((1, 3, 16, 16), np.float32)}
     raise KeyError("gone")
 def exits(): raise SystemExit(5)
+def leaves(): raise SystemExit(0)
+def ragged(): return [{"images": [[1], [1, 2]]}]
+def ragged_labels(): return [({"images": np.zeros((2, 3, 16, 16), np.float32)}, [[1], [1, 2]])]
+def numbered(): return [{1: np.zeros(1), "images": np.zeros((1, 3, 16, 16), np.float32)}]
 def number(): return 5
 def numbers(): return [1, 2]
 def wrong_name(): return [{"pictures": np.zeros((1, 3, 16, 16), np.float32)}]
@@ -120,6 +124,9 @@ USAGE = [
     case("rewrite good.onnx --pipeline fold-affine --sides input -o kept", 2, "sides=SIDES"),
     case("passes nonsense", 2, "nonsense", "bottleneck"),
     case("check good.onnx good.onnx --max-drop -1", 2, "--max-drop"),
+    case("check good.onnx good.onnx --data bad_feeds:nan --max-drop nan", 2, "--max-drop nan"),
+    case("check good.onnx good.onnx --min-speedup nan", 2, "--min-speedup nan"),
+    case("check good.onnx good.onnx --min-speedup inf", 2, "--min-speedup inf"),
     case("check good.onnx good.onnx --max-drop 1", 2, "--max-drop", "--data"),
     case("check good.onnx good.onnx --min-speedup x", 2, "--min-speedup"),
     case("check good.onnx good.onnx --batch 0", 2, "--batch"),
@@ -234,12 +241,14 @@ DATA = [
         ("wrong_rank.npz", 1, ("[3, 16, 16]", "3, 16, 16")),
         ("scalar.npz", 1, ("[]", "3, 16, 16")),
         ("nan.npz", 1, ("NaN", "'images'")),
+        ("overflow.npz", 1, ("infinity as float32", "'images'")),
         ("text_array.npz", 1, ("'images'", "float32")),
         ("complex.npz", 1, ("'images'", "float32")),
         ("few_labels.npz --preprocess unit", 1, ("3 labels", "4 ")),
         ("float_labels.npz --preprocess unit", 1, ("labels", "integers")),
         ("one_hot.npz --preprocess unit", 1, ("labels", "integers")),
         ("scalar_label.npz --preprocess unit", 1, ("labels", "integers")),
+        ("uint64_labels.npz --preprocess unit", 1, ("18446744073709551615", "too large")),
         ("large_labels.npz --preprocess unit", 1, ("labels", f"0..{CLASSES - 1}")),
         ("negative_labels.npz --preprocess unit", 1, ("labels", f"0..{CLASSES - 1}")),
         ("images.npz", 2, ("8-bit images", "--preprocess")),
@@ -248,11 +257,14 @@ DATA = [
         ("no_pictures --preprocess unit", 1, ("no images", ".jpg")),
         ("broken_jpeg --preprocess unit", 1, ("b.jpg", "remove or replace it")),
         ("cut_jpeg --preprocess unit", 1, ("a.png", "remove or replace it")),
-        ("folder_jpeg --preprocess unit", 1, ("a.jpg",)),
+        ("folder_jpeg --preprocess unit", 1, ("no images", ".jpg")),
+        ("fifo --preprocess unit", 1, ("no images", ".jpg")),
         ("pictures", 2, ("--preprocess",)),
         ("no_columns --preprocess unit", 1, ("labels.csv", "file,label")),
-        ("no_rows --preprocess unit", 1, ("no images",)),
-        ("empty_csv --preprocess unit", 1, ("no images",)),
+        ("no_rows --preprocess unit", 1, ("labels.csv", "no images")),
+        ("empty_csv --preprocess unit", 1, ("labels.csv", "line 1", "file,label")),
+        ("semicolons --preprocess unit", 1, ("labels.csv", "line 1", "file,label")),
+        ("huge_label --preprocess unit", 1, ("labels.csv", "line 2", "18 digits")),
         ("binary_csv --preprocess unit", 1, ("labels.csv", "file,label")),
         ("unknown_file --preprocess unit", 1, ("labels.csv", "line 3", "'ghost.png'")),
         ("named_label --preprocess unit", 1, ("labels.csv", "line 2", "class number")),
@@ -263,6 +275,13 @@ DATA = [
         ("bad_feeds:not_callable", 1, ("cannot be called",)),
         ("bad_feeds:raises", 1, ("RuntimeError: out of cheese",)),
         ("bad_feeds:raises_later", 1, ("KeyError",)),
+        ("bad_feeds:exits", 1, ("SystemExit: 5",)),
+        ("bad_feeds:leaves", 1, ("SystemExit: 0",)),
+        ("leaving_module:feeds", 1, ("SystemExit: 0",)),
+        ("bad_feeds:ragged", 1, ("'images'", "array")),
+        ("bad_feeds:ragged_labels", 1, ("labels", "array")),
+        ("bad_feeds:numbered", 1, ("'1'", "'images'")),
+        ("bad_feeds:nothing --preprocess unit", 2, ("--preprocess unit", "as it is")),
         ("bad_feeds:number", 1, ("int",)),
         ("bad_feeds:numbers", 1, ("int",)),
         ("bad_feeds:wrong_name", 1, ("'pictures'", "'images'")),
@@ -275,7 +294,17 @@ DATA = [
     ]
 ] + [
     case(f"check good.onnx good.onnx --data images.npz --preprocess {text}", 2, "--preprocess")
-    for text in ("sepia", "scale=x", "std=0", "scale=1/0", "mean=1:2", "order=gbr", "mean", "''")
+    for text in (
+        "sepia",
+        "scale=x",
+        "std=0",
+        "scale=1/0",
+        "scale=1e999",
+        "mean=1:2",
+        "order=gbr",
+        "mean",
+        "''",
+    )
 ]
 
 PAIRS = [
@@ -313,7 +342,7 @@ def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     yield world
-    for module in ("bad_feeds", "broken_module"):
+    for module in ("bad_feeds", "broken_module", "leaving_module"):
         sys.modules.pop(module, None)
 
 
@@ -529,14 +558,25 @@ def test_dev_null_is_an_empty_model() -> None:
     assert "/dev/null: is empty" in result.stderr
 
 
-def test_the_output_may_be_the_input(world: Path, tmp_path: Path) -> None:
+def test_the_original_is_not_overwritten(world: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes((world / "good.onnx").read_bytes())
-    other = tmp_path / "other.onnx"
-    assert pwopt(f"rewrite {path} --bottleneck 8 -o {other}").exit_code == 0
-    assert pwopt(f"rewrite {path} --bottleneck 8 -o {path}").exit_code == 0
-    assert path.read_bytes() == other.read_bytes()
-    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "other.onnx"}
+    (tmp_path / "link.onnx").symlink_to(path)
+    before = snapshot(tmp_path)
+    for output in ("model.onnx", "link.onnx"):
+        result = pwopt(f"rewrite {path} --bottleneck 8 -o {tmp_path / output}")
+        assert_refused(result, 2)
+        assert "is the model itself" in result.stderr
+    assert snapshot(tmp_path) == before
+
+
+def test_a_model_from_a_pipe_needs_a_name_for_the_result(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    result = pwopt(f"rewrite {pipe} --bottleneck 8")
+    assert_refused(result, 2)
+    assert "-o" in result.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == [pipe]
 
 
 def test_a_link_as_output_stays_a_link(world: Path, tmp_path: Path) -> None:
@@ -604,6 +644,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "folder").mkdir()
     (folder / "bad_feeds.py").write_text(GENERATORS)
     (folder / "broken_module.py").write_text("def feeds(:\n")
+    (folder / "leaving_module.py").write_text("raise SystemExit(0)\n")
     make_models(folder)
     make_arrays(folder)
     make_pictures(folder)
@@ -746,12 +787,14 @@ def make_arrays(folder: Path) -> None:
     save("wrong_rank.npz", images=floats[0])
     save("scalar.npz", images=np.float32(1))
     save("nan.npz", images=np.full_like(floats, np.nan))
+    save("overflow.npz", images=np.full(floats.shape, 1e300))
     save("text_array.npz", images=np.full((4, 3, 16, 16), "x"))
     save("complex.npz", images=floats + 1j)
     save("few_labels.npz", images=images, labels=labels[:3])
     save("float_labels.npz", images=images, labels=labels / 2)
     save("one_hot.npz", images=images, labels=np.eye(4, CLASSES, dtype=int))
     save("scalar_label.npz", images=images, labels=np.int64(3))
+    save("uint64_labels.npz", images=images, labels=np.full(4, 2**64 - 1, np.uint64))
     save("large_labels.npz", images=images, labels=labels + CLASSES)
     save("negative_labels.npz", images=images, labels=labels - 1)
     save("pickled.npz", images=np.array([{}, None], object))
@@ -790,6 +833,10 @@ def make_pictures(folder: Path) -> None:
     make("cut_jpeg", {"a.png": png[: len(png) // 2]})
     make("folder_jpeg", {})
     (folder / "folder_jpeg" / "a.jpg").mkdir()
+    make("fifo", {})
+    os.mkfifo(folder / "fifo" / "a.jpg")
+    make("semicolons", {"a.png": png}, b"file;label\na.png;1\n")
+    make("huge_label", {"a.png": png}, b"file,label\na.png," + b"9" * 24 + b"\n")
     make("no_columns", {"a.png": png}, b"name,class\na.png,1\n")
     make("no_rows", {"a.png": png}, b"file,label\n")
     make("empty_csv", {"a.png": png}, b"")

@@ -83,12 +83,25 @@ def test_values_that_became_nan_fail_without_a_bound() -> None:
     x = np.ones((3, 12), np.float32)
     x[0, :2] = -1
     log, root = model("y = Log (x)"), model("a = Sqrt (x) y = Log (a)")
-    assert check(log, log, data=lambda: [{"x": x}]).passed  # NaN in both alike
+    alike = check(log, log, data=lambda: [{"x": x}])
+    assert alike.passed
+    assert (alike.equivalence.nonfinite, alike.equivalence.nonfinite_both) == (0, 2)
+    assert alike.equivalence.compared == 34
+    assert "equal where both are finite; 2 values are NaN or infinite in both" in render(alike)
     bad = check(SAME, root, data=lambda: [{"x": x}])
     assert bad.equivalence.nonfinite == 2
     assert np.isfinite(bad.equivalence.max_abs)
     assert not bad.passed
     assert "2 output values are NaN" in bad.reasons[0]
+
+
+def test_nothing_finite_to_compare_fails() -> None:
+    log = model("y = Log (x)")
+    verdict = check(log, log, data=lambda: [{"x": np.full((3, 12), -1)}])
+    assert verdict.reasons == ("no output value is finite in both g and g: nothing was compared",)
+    text = render(verdict)
+    assert "outputs are equal" not in text
+    assert "36 values are NaN or infinite in both" in text
 
 
 def test_an_output_of_zeros_gives_finite_measures() -> None:
@@ -280,6 +293,38 @@ def test_options_that_need_data() -> None:
         check(SAME, SAME, preprocess="unit")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 0}, "--threads 0"),
+        ({"batch": 0}, "--batch 0"),
+        ({"max_drop": float("nan")}, "--max-drop nan"),
+        ({"max_drop": -1}, "--max-drop -1"),
+        ({"min_speedup": float("nan")}, "--min-speedup nan"),
+        ({"min_speedup": float("inf")}, "--min-speedup inf"),
+        ({"min_speedup": -1}, "--min-speedup -1"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        check(SAME, SAME, **{"data": lambda: [{"x": np.ones((2, 12))}], **options})
+
+
+def test_models_of_the_same_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    other = model("z = Identity (x)", "(float[N, 12] x) => (float[N, 12] z)")
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+    one, two = save(tmp_path / "a", SAME, "m.onnx"), save(tmp_path / "b", LOUDER, "m.onnx")
+    verdict = check(one, two)
+    assert (verdict.original, verdict.rewritten) == (one, two)
+    stranger = save(tmp_path / "c", other, "m.onnx")
+    with pytest.raises(ModelError) as error:
+        check(one, stranger)
+    assert one in str(error.value)
+    assert str(error.value).startswith(stranger)
+    assert check(one, save(tmp_path, SAME, "n.onnx")).original == "m.onnx"
+
+
 # -- command line and report ------------------------------------------------------------------
 
 
@@ -385,6 +430,15 @@ def test_table_gives_large_numbers_in_three_digits_and_as_ratios() -> None:
     assert "2.56× more" in more
     assert "the same" in more  # the file size
     assert "MACs" not in render(replace(verdict, cost=None))
+    unknown: Any = replace(before, macs=None)
+    assert "MACs ? 122 M ?" in " ".join(render(replace(verdict, cost=Cost(unknown, after))).split())
+
+
+def test_table_is_piped_without_trailing_blanks_or_hyphens_for_minus(tmp_path: Path) -> None:
+    one, two = save(tmp_path, SAME, "a.onnx"), save(tmp_path, model("y = Neg (x)"), "b.onnx")
+    text = invoke(one, two).stdout
+    assert [line for line in text.splitlines() if line != line.rstrip()] == []
+    assert "SNR −6.0 dB, cosine −1.000000" in text
 
 
 def test_random_inputs_are_called_no_measure_of_accuracy() -> None:

@@ -42,6 +42,7 @@ def test_inputs_are_those_that_a_caller_feeds() -> None:
         ("float[?,3,8,8] x", {}, (2, 3, 8, 8), "x[0]=2"),
         ("float[N,3,H,W] x", {}, (2, 3, 224, 224), "N=2, H=224, W=224"),
         ("float[N,3,?,?] x", {}, (2, 3, 224, 224), "N=2, x[2]=224, x[3]=224"),
+        ("float[-1,3,8,8] x", {}, (2, 3, 8, 8), "x[0]=2"),
         ("float[N,S,S,3] x", {}, (2, 224, 224, 3), "N=2, S=224"),
         ("float[N,3,S,S] x", {}, (2, 3, 224, 224), "N=2, S=224"),
         ("float[N,40,T] x", {}, (2, 40, 224), "N=2, T=224"),
@@ -237,3 +238,13 @@ def test_the_model_itself_stays_as_it_is() -> None:
     before.CopyFrom(model.proto)
     infer(model, bind(model))
     assert model.proto == before
+
+
+def test_an_input_or_weight_that_is_an_output_too_keeps_its_shape() -> None:
+    proto = parse_proto(
+        """g (float[N,3] x) => (float[N,3] y) <float[1,3] w = {1, 2, 3}> { y = Add(x, w) }"""
+    )
+    proto.graph.output.append(proto.graph.input[0])
+    proto.graph.output.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [1, 3]))
+    model = Model(proto)
+    assert infer(model, bind(model)) == {"x": (1, 3), "y": (1, 3), "w": (1, 3)}

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import click
 
-from pwopt.errors import PwoptError
+from pwopt.errors import PwoptError, printable
 
 # OpenBLAS's threads wait for one another in busy loops: on a machine that does other work as well,
 # two of them were measured 20 to 50 times slower than one. Read when numpy is first imported.
@@ -46,13 +46,8 @@ class _LazyGroup(click.Group):
 
 
 def _fail(error: Exception, exit_code: int) -> NoReturn:
-    click.echo(f"pwopt: {_printable(str(error))}", err=True)
+    click.echo(f"pwopt: {printable(str(error))}", err=True)
     sys.exit(exit_code)
-
-
-def _printable(text: str) -> str:
-    """Escape what would break the line or talk to the terminal: names come from the model."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _terminate(_number: int, _frame: object) -> NoReturn:

@@ -29,13 +29,13 @@ from pwopt.cli.options import json_option, shape_option, threads_option
 @shape_option
 @click.option(
     "--max-drop",
-    type=click.FloatRange(min=0),
+    type=float,
     metavar="POINTS",
     help="Points of top-1 that may be lost; without labels, of equal predictions.",
 )
 @click.option(
     "--min-speedup",
-    type=click.FloatRange(min=0),
+    type=float,
     metavar="X",
     help="How many times faster it must be.",
 )

@@ -51,13 +51,18 @@ def command(
             "--sides goes with --bottleneck; in a pipeline write bottleneck{rank=R,sides=SIDES}."
         )
 
+    if output is None and model.exists() and not (model.is_file() or model.is_dir()):
+        raise click.UsageError("Say with -o where the result goes: the model is no plain file.")
+    target = output or model.with_name(f"{model.name.removesuffix('.onnx')}.pwopt.onnx")
+    if target.resolve() == model.resolve():
+        raise click.UsageError("-o is the model itself, which check will want to compare with.")
+
     from pwopt.report import rewriting as report
     from pwopt.workflow import rewrite
 
     result = rewrite(
         model, bottleneck=bottleneck, sides=sides or "auto", pipeline=pipeline, shapes=shapes
     )
-    target = output or model.with_name(f"{model.name.removesuffix('.onnx')}.pwopt.onnx")
     result.model.save(target)
     if as_json:
         click.echo(report.to_json(result, target))

@@ -18,6 +18,8 @@ from pwopt.shapes import InputShapes, bind, inputs
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
+_DIGITS = 18  # so many always fit into int64
+
 
 def folder_samples(
     path: Path,
@@ -68,14 +70,20 @@ def _labelled_files(folder: Path) -> list[tuple[Path, int | None]]:
 
 def _read_labels(table: Path) -> Iterator[tuple[Path, int]]:
     try:
-        rows = list(csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()))
+        reader = csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines())
+        columns, rows = reader.fieldnames or [], list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: is not a text file of columns file,label") from error
+    if not {"file", "label"} <= set(columns):
+        raise DataError(f"{table}, line 1: wants the columns file,label, parted by a comma")
+    if not rows:
+        raise DataError(f"{table}: lists no images below its columns")
     for line, row in enumerate(rows, start=2):
         name, label = row.get("file"), (row.get("label") or "").strip()
-        if not name or not label.isdecimal():
+        if not name or not _is_class_number(label):
             raise DataError(
-                f"{table}, line {line}: wants the columns file,label with a class number from 0"
+                f"{table}, line {line}: wants the columns file,label with a class number from 0, "
+                f"of at most {_DIGITS} digits"
             )
         if not (table.parent / name).is_file():
             raise DataError(f"{table}, line {line}: there is no image '{name}'")
@@ -84,11 +92,15 @@ def _read_labels(table: Path) -> Iterator[tuple[Path, int]]:
 
 def _class_folders(folder: Path) -> Iterator[tuple[Path, int]]:
     names = sorted(f.name for f in folder.iterdir() if f.is_dir() and _images_in(f))
-    numbered = all(name.isdecimal() for name in names)
+    numbered = all(_is_class_number(name) for name in names)
     for index, name in enumerate(names):
         for file in _images_in(folder / name):
             yield file, int(name) if numbered else index
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file())
+
+
+def _is_class_number(text: str) -> bool:
+    return text.isdecimal() and len(text) <= _DIGITS

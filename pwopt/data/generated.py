@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from pwopt.data.samples import Feeds, Samples
-from pwopt.errors import DataError
+from pwopt.errors import DataError, SpecError
 from pwopt.model import Model
 from pwopt.shapes import inputs
 
@@ -20,11 +20,18 @@ class CalibrationDataReader(Protocol):
         """Return the next feed."""
 
 
-def generated_samples(name: str, call: Callable[[], Iterable[Any]], model: Model) -> Samples:
+def generated_samples(
+    name: str, call: Callable[[], Iterable[Any]], model: Model, *, preprocess: str | None
+) -> Samples:
     """Take feeds from a callable, batched as it likes: each a dict, or (dict, labels).
 
     Whatever the callable raises becomes a DataError while samples are drawn.
+
+    Raises:
+        SpecError: preprocessing, of which feeds are in no need.
     """
+    if preprocess not in (None, "raw"):
+        raise SpecError(f"--preprocess {preprocess}: what {name} gives is fed as it is")
 
     def draw() -> Iterator[tuple[Feeds, Any]]:
         try:
@@ -32,13 +39,15 @@ def generated_samples(name: str, call: Callable[[], Iterable[Any]], model: Model
                 yield _feeds_and_labels(item, name)
         except DataError:
             raise
-        except Exception as error:  # the user's own code may raise anything
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything
             raise DataError(f"{name}: failed ({_describe(error)})") from error
 
     return Samples(name, inputs(model), draw)
 
 
-def reader_samples(reader: CalibrationDataReader, model: Model) -> Samples:
+def reader_samples(
+    reader: CalibrationDataReader, model: Model, *, preprocess: str | None
+) -> Samples:
     """Read a reader to its end, the next time from its start again if it can rewind."""
     name = type(reader).__name__
     started = False
@@ -54,7 +63,7 @@ def reader_samples(reader: CalibrationDataReader, model: Model) -> Samples:
         while (feed := reader.get_next()) is not None:
             yield feed
 
-    return generated_samples(name, feeds, model)
+    return generated_samples(name, feeds, model, preprocess=preprocess)
 
 
 def import_callable(module: str, attribute: str) -> Callable[[], Iterable[Any]]:
@@ -70,7 +79,7 @@ def import_callable(module: str, attribute: str) -> Callable[[], Iterable[Any]]:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise DataError(f"{name}: cannot be imported ({_describe(error)})") from error
     if not callable(found):
         raise DataError(f"{name}: cannot be called; it must return an iterable of feeds")
@@ -88,5 +97,5 @@ def _feeds_and_labels(item: Any, name: str) -> tuple[Feeds, Any]:
     return feeds, labels
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -69,10 +69,11 @@ class ImageInput:
             pixels = luma.round().astype(np.uint8)[..., None]
         values: Array = pixels
         if self.declared.dtype != np.uint8:
-            values = self.preprocess(pixels)
+            with np.errstate(over="ignore", invalid="ignore"):  # Samples tells of infinities
+                values = self.preprocess(pixels).astype(self.declared.dtype)
         if not self.channels_last:
             values = values.transpose(0, 3, 1, 2)
-        return np.ascontiguousarray(values, dtype=self.declared.dtype)
+        return np.ascontiguousarray(values)
 
 
 def image_input(declared: Input, preprocess: str | None, source: str) -> ImageInput | None:

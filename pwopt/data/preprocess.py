@@ -1,7 +1,6 @@
 """Pixels → the numbers a network was trained on: presets and a formula."""
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -74,10 +73,19 @@ def _value(key: str, text: str) -> float | str | tuple[float, ...]:
         if text not in ("rgb", "bgr"):
             raise ValueError
         return text
-    numbers = tuple(float(Fraction(number)) for number in text.split(":"))
+    numbers = tuple(_number(number) for number in text.split(":"))
     if key == "scale":
         (scale,) = numbers
         return scale
     if len(numbers) not in (1, 3) or (key == "std" and 0.0 in numbers):
         raise ValueError
     return numbers
+
+
+def _number(text: str) -> float:
+    """Read a number or fraction, as float32 has it."""
+    numerator, slash, denominator = text.partition("/")
+    value = float(numerator) / (float(denominator) if slash else 1.0)
+    if not abs(value) <= float(np.finfo(np.float32).max):  # nor NaN
+        raise ValueError
+    return float(np.float32(value))

@@ -23,14 +23,15 @@ def random_data(
 
     Raises:
         SpecError: `shapes` does not fit the model.
-        DataError: an input whose type cannot be drawn (strings).
+        DataError: an input whose type cannot be drawn (strings, complex numbers).
     """
     declared = inputs(model)
     for i in declared:
-        if i.dtype.kind not in "fiub":
+        if i.dtype.kind in "Oc":
+            kind = "strings" if i.dtype.kind == "O" else f"{i.dtype} numbers"
             raise DataError(
-                f"{model.name}: input '{i.name}' is of type {i.dtype}, for which no random "
-                "values make sense; give samples with --data"
+                f"{model.name}: input '{i.name}' takes {kind}, for which no random values make "
+                "sense; give samples with --data"
             )
     binding = bind(model, shapes, batch=batch)
 

@@ -141,9 +141,9 @@ def class_numbers(labels: Any, samples: int, source: str) -> Labels:
     """Read labels as int64 [samples].
 
     Raises:
-        DataError: not integers, or not one for each sample.
+        DataError: not integers, not one for each sample, or beyond int64.
     """
-    numbers: Array = np.asarray(labels)
+    numbers = _array(labels, "labels", source)
     if numbers.dtype.kind not in "iu" or numbers.ndim == 0 or numbers.size != len(numbers):
         raise DataError(
             f"{source}: labels are {numbers.dtype} {list(numbers.shape)}; wanted are integers, one "
@@ -151,6 +151,8 @@ def class_numbers(labels: Any, samples: int, source: str) -> Labels:
         )
     if len(numbers) != samples:
         raise DataError(f"{source}: {len(numbers)} labels for {samples} samples")
+    if numbers.size and numbers.max() > np.iinfo(np.int64).max:
+        raise DataError(f"{source}: label {numbers.max()} is too large for a class number")
     return numbers.reshape(-1).astype(np.int64)
 
 
@@ -167,25 +169,49 @@ def misfit(source: str, name: str, shape: Sequence[int], expected: str) -> DataE
     return DataError(f"{source}: '{name}' has shape {_text(shape)}, but the model takes {expected}")
 
 
-def quoted(names: Iterable[str]) -> str:
+def quoted(names: Iterable[object]) -> str:
     """Write names as messages give them."""
-    return ", ".join(f"'{name}'" for name in sorted(names)) or "nothing"
+    return ", ".join(f"'{name}'" for name in sorted(map(str, names))) or "nothing"
 
 
-def _cast(value: Array, declared: Input, source: str) -> Array:
+def _cast(value: Any, declared: Input, source: str) -> Array:
     """Cast an array to the input's type, if that loses no more than precision.
 
     Raises:
-        DataError: another kind of numbers, NaN or infinity.
+        DataError: no array, another kind of numbers, NaN, infinity, or a value beyond the type.
     """
-    array = np.asarray(value)
+    if declared.dtype.isbuiltin != 1:  # bfloat16 and others that numpy itself does not know
+        raise DataError(
+            f"{source}: input '{declared.name}' takes {declared.dtype}, which onnxruntime does not "
+            "take from Python; export the model with an input of another type"
+        )
+    array = _array(value, f"'{declared.name}'", source)
     if not np.can_cast(array.dtype, declared.dtype, "same_kind"):
         raise DataError(
             f"{source}: '{declared.name}' is {array.dtype}, but the model takes {declared.dtype}"
         )
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise DataError(f"{source}: '{declared.name}' holds NaN or infinity; clean the samples")
-    return np.asarray(array, dtype=declared.dtype, order="C")
+    with np.errstate(over="ignore"):
+        result = np.asarray(array, dtype=declared.dtype, order="C")
+    if result.dtype.kind == "f" and not np.isfinite(result).all():
+        raise DataError(
+            f"{source}: '{declared.name}' holds NaN or infinity as {declared.dtype}; mend the "
+            "samples or their preprocessing"
+        )
+    if result.dtype.kind in "iu" and (result != array).any():
+        raise DataError(
+            f"{source}: '{declared.name}' holds numbers beyond {declared.dtype}; mend the samples"
+        )
+    return result
+
+
+def _array(value: Any, what: str, source: str) -> Array:
+    try:
+        array: Array = np.asarray(value)
+    except Exception as error:  # rows of unequal length, or whatever the value's own code raises
+        raise DataError(
+            f"{source}: {what} cannot be made an array of; give a numpy array"
+        ) from error
+    return array
 
 
 def _text(shape: Sequence[int | str | None]) -> str:

@@ -43,9 +43,10 @@ def open_data(
         SpecError: preprocessing that is unknown, missing or out of place.
     """
     if isinstance(source, CalibrationDataReader):
-        return reader_samples(source, model)
+        return reader_samples(source, model, preprocess=preprocess)
     if not isinstance(source, str | Path):
-        return generated_samples(getattr(source, "__name__", "data"), source, model)
+        name = getattr(source, "__name__", "data")
+        return generated_samples(name, source, model, preprocess=preprocess)
     path = Path(source)
     if path.is_dir():
         return folder_samples(path, model, preprocess=preprocess, batch=batch, shapes=shapes)
@@ -53,5 +54,6 @@ def open_data(
         return array_samples(path, model, preprocess=preprocess, batch=batch)
     module, separator, attribute = str(source).partition(":")
     if separator and all(part.isidentifier() for part in f"{module}.{attribute}".split(".")):
-        return generated_samples(str(source), import_callable(module, attribute), model)
+        call = import_callable(module, attribute)
+        return generated_samples(str(source), call, model, preprocess=preprocess)
     raise DataError(f"{source}: no such file or folder; give an .npz, a folder or module:callable")

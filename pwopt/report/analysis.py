@@ -14,6 +14,7 @@ from rich.text import Text
 
 from pwopt.analysis import Analysis, Layer
 from pwopt.candidates import Candidate
+from pwopt.errors import printable
 from pwopt.report.style import PLAIN_WIDTH, bare_table, json_text, scaled, stdout
 
 _COLUMNS = (
@@ -78,7 +79,7 @@ def _headline(analysis: Analysis) -> str:
     inputs = ", ".join(f"{name} {_times(shape)}" for name, shape in analysis.inputs.items())
     lines = [
         f"{analysis.model}: {totals.params:,} parameters ({totals.weight_bytes / 1e6:.1f} MB), "
-        f"{totals.macs:,} MACs",
+        f"{'?' if totals.macs is None else f'{totals.macs:,}'} MACs",
         f"for {inputs or 'no input'}",
     ]
     if analysis.assumed:
@@ -97,7 +98,8 @@ def _table(analysis: Analysis, *, full: bool) -> Table:
     for column in _COLUMNS:
         if column not in left_out:
             side: Literal["left", "right"] = "left" if column in _TEXTS else "right"
-            table.add_column(column, justify=side, no_wrap=column != _COLUMNS[-1])
+            last = column == _COLUMNS[-1]
+            table.add_column(column, justify=side, no_wrap=not last, min_width=14 if last else None)
     for layers in _rows(analysis.layers):
         cells = zip(_COLUMNS, (*_geometry(layers), *_amounts(layers)), strict=True)
         shown = [Text(cell) for column, cell in cells if column not in left_out]
@@ -156,10 +158,11 @@ def _summary(analysis: Analysis) -> str:
     lines = []
     found = [layer for layer in analysis.layers if layer.candidate]
     if found:
-        before = analysis.totals.macs
-        after = before - sum(layer.saved_macs for layer in found)
         which = "the one candidate" if len(found) == 1 else f"all {len(found)} candidates"
-        lines.append(f"Splitting {which} would leave {scaled(after)} of {scaled(before)} MACs.")
+        saved_macs = scaled(sum(layer.saved_macs for layer in found))
+        before = analysis.totals.macs
+        of = "" if before is None else f" of {scaled(before)}"
+        lines.append(f"Splitting {which} would save {saved_macs}{of} MACs.")
         if analysis.run_ms is not None:
             saved = sum(layer.saved_ms for layer in found)
             lines[-1] += f" It should save {saved:.2f} of {analysis.run_ms:.2f} ms."
@@ -179,6 +182,7 @@ def _total(amounts: Sequence[float | None]) -> float | None:
 
 def _short(name: str, width: int) -> str:
     """Keep the end of a long name, where names differ."""
+    name = printable(name)
     return name if len(name) <= width else "…" + name[1 - width :]
 
 

@@ -18,7 +18,13 @@ def to_json(verdict: Verdict) -> str:
 
 def print_table(verdict: Verdict) -> None:
     """Print before, after and the difference, a line for each measure."""
-    stdout().print(table(verdict))
+    console = stdout()
+    if console.is_terminal:
+        console.print(table(verdict))
+        return
+    with console.capture() as capture:
+        console.print(table(verdict))
+    console.file.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
 
 
 def table(verdict: Verdict) -> Group:
@@ -87,13 +93,20 @@ def _accuracy(accuracy: Accuracy) -> tuple[str, str, str, str]:
 
 
 def _outputs(equivalence: Equivalence) -> Text:
-    if equivalence.snr_db is None:
-        return Text("outputs are equal")
-    return Text(
-        f"outputs differ by up to {equivalence.max_abs:.3g} "
-        f"({100 * equivalence.max_rel:.3g} % of the largest), "
-        f"SNR {equivalence.snr_db:.1f} dB, cosine {equivalence.cosine:.6f}"
-    )
+    if not equivalence.compared:
+        text = "outputs cannot be compared"
+    elif equivalence.snr_db is None:
+        finite = not (equivalence.nonfinite or equivalence.nonfinite_both)
+        text = "outputs are equal" if finite else "outputs are equal where both are finite"
+    else:
+        numbers = f"SNR {equivalence.snr_db:.1f} dB, cosine {equivalence.cosine:.6f}"
+        text = (
+            f"outputs differ by up to {equivalence.max_abs:.3g} "
+            f"({100 * equivalence.max_rel:.3g} % of the largest), {_minus(numbers)}"
+        )
+    if equivalence.nonfinite_both:
+        text += f"; {equivalence.nonfinite_both:,} values are NaN or infinite in both"
+    return Text(text)
 
 
 def _milliseconds(value: float) -> str:
@@ -101,8 +114,11 @@ def _milliseconds(value: float) -> str:
 
 
 def _amounts(
-    name: str, before: int, after: int, less: str, more: str, unit: str = ""
+    name: str, before: int | None, after: int | None, less: str, more: str, unit: str = ""
 ) -> tuple[str, str, str, str]:
+    if before is None or after is None:
+        known = ["?" if amount is None else scaled(amount, unit) for amount in (before, after)]
+        return name, known[0], known[1], "?"
     ratio = max(before, after) / max(min(before, after), 1)
     change = f"{ratio:.2f}× {less if after < before else more}" if after != before else "the same"
     return name, scaled(before, unit), scaled(after, unit), change
@@ -110,5 +126,9 @@ def _amounts(
 
 def _signed(value: float) -> str:
     """Format with a sign; a true minus, and none for zero."""
-    text = f"{value:+.2f}".replace("-", "−")
+    text = _minus(f"{value:+.2f}")
     return "0.00" if text[1:] == "0.00" else text
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from pwopt.analysis import Size
+from pwopt.errors import printable
 from pwopt.report.style import bare_table, json_text, stdout
 from pwopt.rewriting import Event
 from pwopt.workflow import Rewritten
@@ -64,7 +65,7 @@ def _splits(events: list[Event]) -> Table:
     for event in events:
         data = event.data
         table.add_row(
-            f"  {event.where}",
+            f"  {printable(event.where)}",
             f"{data['sides']} {data['rank']}",
             f"{data['predicted_speedup']:.1f}×",
             f"{data['kept_energy']:.0%}",
@@ -78,7 +79,7 @@ def _reasons(events: list[Event], what: str) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     for reason, alike in _grouped(events):
-        places = ", ".join(event.where for event in alike[:_PLACES])
+        places = ", ".join(printable(event.where) for event in alike[:_PLACES])
         more = ", …" if len(alike) > _PLACES else ""
         table.add_row(f"{len(alike):>5} {what}", f"{reason} ({places}{more})")
     return table
@@ -92,6 +93,10 @@ def _grouped(events: list[Event]) -> list[tuple[str, list[Event]]]:
     return sorted(groups.items(), key=lambda group: -len(group[1]))
 
 
+def _amount(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
+
+
 def _sizes(before: Size, after: Size) -> Table:
     table = bare_table()
     table.add_column("")
@@ -102,6 +107,6 @@ def _sizes(before: Size, after: Size) -> Table:
         ("MACs", before.macs, after.macs),
         ("nodes", before.nodes, after.nodes),
     ):
-        ratio = f"{old / new:.2f}×" if new else "–"
-        table.add_row(name, f"{old:,}", f"{new:,}", ratio)
+        ratio = f"{old / new:.2f}×" if old and new else "–"
+        table.add_row(name, _amount(old), _amount(new), ratio)
     return table

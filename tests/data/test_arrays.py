@@ -125,6 +125,8 @@ def test_images_without_preprocessing_are_not_guessed_at(tmp_path: Path) -> None
          r"labels are float64 \[5\]; wanted are integers"),
         ({"images": RGB, "labels": np.eye(5, dtype=int)}, "float[N, 3, 6, 8] x", "unit", DataError,
          r"labels are int64 \[5, 5\]"),
+        ({"images": RGB, "labels": np.full(5, 2**63, np.uint64)}, "float[N, 3, 6, 8] x", "unit",
+         DataError, "label 9223372036854775808 is too large"),
         ({"x": np.ones((5, 2)), "z": np.ones((4, 2))}, "float[N, 2] x, float[N, 2] z", None,
          DataError, "samples differ in number: 5 of 'x', 4 of 'z'"),
         ({"x": np.ones(())}, "float[N, 2] x", None, DataError, r"shape \[\], but the model takes"),
@@ -148,6 +150,10 @@ def test_arrays_that_do_not_fit(
     [
         (np.full((2, 3), np.nan), "float[N, 3] x", "'x' holds NaN or infinity"),
         (np.full((2, 3), np.inf), "float[N, 3] x", "'x' holds NaN or infinity"),
+        (np.full((2, 3), 1e300), "float[N, 3] x", "'x' holds NaN or infinity as float32"),
+        (np.full((2, 3), 70_000), "float16[N, 3] x", "'x' holds NaN or infinity as float16"),
+        (np.full((2, 3), 2**40), "int32[N, 3] x", "'x' holds numbers beyond int32"),
+        (np.full((2, 3), 2**63, np.uint64), "int64[N, 3] x", "'x' holds numbers beyond int64"),
         (np.ones((2, 3)), "int64[N, 3] x", "'x' is float64, but the model takes int64"),
     ],
 )
@@ -156,6 +162,17 @@ def test_values_that_do_not_fit(
 ) -> None:
     with pytest.raises(DataError, match=f"samples.npz: {message}"):
         list(open_data(save(tmp_path, x=array), model(inputs)))
+
+
+def test_pixels_that_preprocessing_takes_beyond_the_type(tmp_path: Path) -> None:
+    images = save(tmp_path, images=RGB)
+    for inputs, preprocess in (
+        ("float[N, 3, 6, 8] x", "scale=3e38"),
+        ("float16[N, 3, 6, 8] x", "scale=1000"),
+    ):
+        samples = open_data(images, model(inputs), preprocess=preprocess)
+        with pytest.raises(DataError, match=r"infinity as float.*preprocessing"):
+            list(samples)
 
 
 class Bomb:

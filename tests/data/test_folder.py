@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,10 @@ def test_folder_with_a_table_of_labels(tmp_path: Path) -> None:
     assert batch.labels.tolist() == [7, 0]
 
 
-@pytest.mark.parametrize(("classes", "labels"), [(("cat", "ant"), [0, 1]), (("10", "9"), [10, 9])])
+@pytest.mark.parametrize(
+    ("classes", "labels"),
+    [(("cat", "ant"), [0, 1]), (("10", "9"), [10, 9]), (("7" * 24, "8"), [0, 1])],
+)
 def test_folder_of_class_folders(
     tmp_path: Path, classes: tuple[str, str], labels: list[int]
 ) -> None:
@@ -45,6 +49,13 @@ def test_folder_without_labels(tmp_path: Path) -> None:
     assert batch.labels is None
     np.testing.assert_array_equal(batch.feeds["x"][0, 2], GRAY[0])
     np.testing.assert_array_equal(batch.feeds["x"][1, 2], RGB[0, ..., 2])
+
+
+def test_only_regular_files_are_images(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png", RGB[0])
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").mkdir()
+    assert only(open_data(tmp_path, NCHW, preprocess="raw")).samples == 1
 
 
 def test_images_of_another_size_are_resized_and_cropped(tmp_path: Path) -> None:
@@ -85,8 +96,13 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     [
         ("file,label\nb.png,1\n", r"labels.csv, line 2: there is no image 'b.png'"),
         ("file,label\na.png,cat\n", r"labels.csv, line 2: wants the columns file,label"),
-        ("a.png,1\na.png,2\n", r"labels.csv, line 2: wants the columns file,label"),
-        ("file,label\n", "has no images"),
+        (f"file,label\na.png,{'9' * 24}\n", r"labels.csv, line 2: .* at most 18 digits"),
+        (f"file,label\na.png,{'9' * 5000}\n", r"labels.csv, line 2: .* at most 18 digits"),
+        ("a.png,1\na.png,2\n", r"labels.csv, line 1: wants the columns file,label"),
+        ("file;label\na.png;2\n", r"labels.csv, line 1: wants the columns file,label"),
+        ("file;label\n", r"labels.csv, line 1: wants the columns file,label"),
+        ("", r"labels.csv, line 1: wants the columns file,label"),
+        ("file,label\n", "labels.csv: lists no images"),
     ],
 )
 def test_tables_that_do_not_fit(tmp_path: Path, table: str, message: str) -> None:

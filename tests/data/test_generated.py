@@ -1,11 +1,12 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from samples import NCHW, model, only
 
 from pwopt.data import open_data
-from pwopt.errors import DataError
+from pwopt.errors import DataError, SpecError
 
 
 def test_module_callable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,8 +23,14 @@ def test_module_callable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "    raise KeyError('lost')\n"
         "def wrong():\n"
         "    yield {'z': np.ones((2, 3))}\n"
+        "def ends():\n"
+        "    __import__('sys').exit(0)\n"
+        "def ends_later():\n"
+        "    yield {'x': np.ones((2, 3))}\n"
+        "    raise SystemExit\n"
         "number = 3\n"
     )
+    (tmp_path / "ends_at_import.py").write_text("raise SystemExit(0)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [p for p in __import__("sys").path if p])
     small = model("float[N, 3] x")
@@ -36,6 +43,9 @@ def test_module_callable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert batch.samples == 2
     for source, message in {
         "my_samples:broken": r"my_samples:broken: failed \(KeyError: 'lost'\)",
+        "my_samples:ends": r"my_samples:ends: failed \(SystemExit: 0\)",
+        "my_samples:ends_later": r"my_samples:ends_later: failed \(SystemExit",
+        "ends_at_import:f": r"ends_at_import:f: cannot be imported \(SystemExit: 0\)",
         "my_samples:wrong": "gives 'z', but the model takes 'x'",
         "my_samples:nothing": r"cannot be imported \(AttributeError",
         "no_such_module:f": r"cannot be imported \(ModuleNotFoundError",
@@ -52,6 +62,9 @@ def test_callable_that_yields_something_else() -> None:
         ({"x": np.ones(3)}, r"shape \[3\], but the model takes \[N, 3\]"),
         ({"x": np.ones((4, 3))}, "gives 4 samples at once; the model takes 2"),
         (({"x": np.ones((2, 3))}, [1]), "1 labels for 2 samples"),
+        ({"x": [[1], [1, 2]]}, "'x' cannot be made an array of"),
+        (({"x": np.ones((2, 3))}, [[1], [1, 2]]), "labels cannot be made an array of"),
+        ({1: np.ones(1), "x": np.ones((2, 3))}, "gives '1', 'x', but the model takes 'x'"),
     ):
         with pytest.raises(DataError, match=message):
             list(open_data(lambda item=item: [item], small))
@@ -84,6 +97,12 @@ def test_calibration_data_reader() -> None:
         list(once)
     again = open_data(Rewindable(), small)
     assert [len(list(again)), len(list(again))] == [2, 2]
+
+
+@pytest.mark.parametrize("source", [Reader(), list, "builtins:list"])
+def test_what_code_gives_is_not_preprocessed(source: Any) -> None:
+    with pytest.raises(SpecError, match=r"--preprocess unit: what .*(Reader|list) gives"):
+        open_data(source, NCHW, preprocess="unit")
 
 
 @pytest.mark.parametrize("source", ["nowhere.npz", "no/where", "C:nowhere\\x.npz"])

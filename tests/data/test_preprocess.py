@@ -28,7 +28,8 @@ def test_preprocess(text: str, expected: tuple[float, ...]) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "imagnet", "scale", "scale=x", "scale=1:2:3", "mean=1:2", "std=0", "scale=1/0",
-     "order=rbg", "unit,order=bgr", "gamma=2"],
+     "scale=1/", "scale=1e999", "scale=1e99999999", "scale=1e39", "mean=nan", "std=1/inf",
+     "std=1e-99", "order=rbg", "unit,order=bgr", "gamma=2"],
 )  # fmt: skip
 def test_preprocess_that_is_wrong_names_the_choices(text: str) -> None:
     with pytest.raises(SpecError, match=r"unit .* imagenet"):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from samples import model
 
-from pwopt.data import random_data
+from pwopt.data import open_data, random_data
 from pwopt.errors import DataError
 
 
@@ -37,5 +37,15 @@ def test_random_data_names_what_it_assumed() -> None:
 
 
 def test_random_data_refuses_strings() -> None:
-    with pytest.raises(DataError, match=r"'x' is of type object.*--data"):
+    with pytest.raises(DataError, match=r"'x' takes strings, .*--data"):
         random_data(model("string[N] x"))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float8e4m3fn", "float8e5m2"])
+def test_types_that_onnxruntime_does_not_take(kind: str) -> None:
+    """It raises "Numpy_type 256 can't be converted to MLDataType", whoever gives the values."""
+    one = model(f"{kind}[N, 4] x")
+    samples = [random_data(one), open_data(lambda: [{"x": np.ones((2, 4), np.float32)}], one)]
+    for each in samples:
+        with pytest.raises(DataError, match=f"'x' takes {kind[:6]}.* does not take from Python"):
+            list(each)

@@ -717,3 +717,17 @@ def test_random_graphs(model: Model) -> None:
     outcome = apply(model, FOLD)
     assert_same_numbers(outcome.model, model)
     assert len(outcome.proto.graph.node) == len(model.proto.graph.node) - len(outcome.rewrote)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 1e-4), ("float", 1e-25)])
+def test_folding_that_would_round_a_whole_channel_away(dtype: str, size: float) -> None:
+    text = """
+    g (float[N,8,6,6] x) => (float[N,8,4,4] y) <float[8,8,3,3] w, float[1,8,1,1] s>
+    { t = Conv(x, w)
+      y = Mul(t, s) }
+    """.replace("float", dtype)
+    rng = np.random.default_rng(0)
+    weights = {"w": size * rng.normal(size=(8, 8, 3, 3)), "s": np.full((1, 8, 1, 1), size)}
+    kind = "float16" if dtype == "float16" else "float32"
+    model = parse(text, weights)
+    assert_skipped(model, FoldAffine(), f"the folded weight would be too small for {kind}")
