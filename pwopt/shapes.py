@@ -116,7 +116,7 @@ def infer(model: Model, binding: Binding) -> dict[str, Shape]:
     declared = {i.name: _shape(i) for i in (*proto.graph.value_info, *proto.graph.output)}
     del proto.graph.value_info[:]
     # Inference is told about inputs and weights alone; an output may be one of them.
-    told = {i.name for i in (*proto.graph.input, *proto.graph.initializer)}
+    told = {i.name for i in proto.graph.input} | {t.name for t in proto.graph.initializer}
     for info in (*proto.graph.input, *proto.graph.output):
         kind = info.type.tensor_type
         if info.name in binding.shapes:

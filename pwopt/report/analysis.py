@@ -8,14 +8,14 @@ from dataclasses import asdict, fields
 from statistics import median_high
 from typing import Any, Literal
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from pwopt.analysis import Analysis, Layer
 from pwopt.candidates import Candidate
 from pwopt.errors import printable
-from pwopt.report.style import PLAIN_WIDTH, bare_table, json_text, scaled, stdout
+from pwopt.report.style import PLAIN_WIDTH, bare_table, json_text, plain, scaled, stdout
 
 _COLUMNS = (
     "layer", "kernel", "channels", "output", "params", "MACs", "share", "ms", "split, or why not",
@@ -28,10 +28,7 @@ _ALIKE = 3  # layers left alone for one reason are listed one by one up to this 
 
 def to_text(analysis: Analysis) -> str:
     """Write the table without colour."""
-    console = Console(width=PLAIN_WIDTH, color_system=None)
-    with console.capture() as capture:
-        console.print(_layout(analysis, PLAIN_WIDTH))
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+    return plain(_layout(analysis, PLAIN_WIDTH))
 
 
 def to_json(analysis: Analysis) -> str:

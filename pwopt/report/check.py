@@ -8,7 +8,7 @@ from rich.text import Text
 
 from pwopt.checking import Verdict
 from pwopt.comparing import Accuracy, Equivalence
-from pwopt.report.style import bare_table, json_text, scaled, stdout
+from pwopt.report.style import bare_table, json_text, scaled, show
 
 
 def to_json(verdict: Verdict) -> str:
@@ -18,13 +18,7 @@ def to_json(verdict: Verdict) -> str:
 
 def print_table(verdict: Verdict) -> None:
     """Print before, after and the difference, a line for each measure."""
-    console = stdout()
-    if console.is_terminal:
-        console.print(table(verdict))
-        return
-    with console.capture() as capture:
-        console.print(table(verdict))
-    console.file.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+    show(table(verdict))
 
 
 def table(verdict: Verdict) -> Group:

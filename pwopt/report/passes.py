@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from pwopt.report.style import bare_table, json_text, stdout
+from pwopt.report.style import bare_table, json_text, show
 from pwopt.rewriting import Pass, value_text
 from pwopt.spec import is_required, option_types
 
@@ -42,7 +42,7 @@ def print_table(passes: list[type[Pass]]) -> None:
     for kind in passes:
         summary = (inspect.getdoc(kind) or "").splitlines()[0]
         table.add_row(kind.name, "yes" if kind.exact else "no", summary, ", ".join(_options(kind)))
-    stdout().print(table)
+    show(table)
 
 
 def print_help(kind: type[Pass]) -> None:

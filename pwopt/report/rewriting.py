@@ -5,11 +5,12 @@ from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from pwopt.analysis import Size
 from pwopt.errors import printable
-from pwopt.report.style import bare_table, json_text, stdout
+from pwopt.report.style import bare_table, json_text, show
 from pwopt.rewriting import Event
 from pwopt.workflow import Rewritten
 
@@ -36,19 +37,20 @@ def to_json(result: Rewritten, output: Path) -> str:
 
 def print_table(result: Rewritten) -> None:
     """Print what each pass did, site by site, and the cost before and after."""
-    console = stdout()
+    parts: list[RenderableType] = []
     for report in result.reports:
-        console.print(f"{report.name}: {report.rewrote} rewritten, {report.skipped} left alone")
+        parts.append(f"{report.name}: {report.rewrote} rewritten, {report.skipped} left alone")
         rewrote = [event for event in report.events if event.kind == "rewrote"]
         skipped = [event for event in report.events if event.kind == "skipped"]
         splits = [event for event in rewrote if event.data.keys() >= _SPLIT]
         if splits:
-            console.print(_splits(splits))
-        console.print(_reasons([event for event in rewrote if event not in splits], "×"))
-        console.print(_reasons(skipped, "left:"))
-    console.print(_sizes(result.before, result.after))
+            parts.append(_splits(splits))
+        parts.append(_reasons([event for event in rewrote if event not in splits], "×"))
+        parts.append(_reasons(skipped, "left:"))
+    parts.append(_sizes(result.before, result.after))
     if not result.changed:
-        console.print("Nothing was rewritten; the model is written as it came.")
+        parts.append("Nothing was rewritten; the model is written as it came.")
+    show(Group(*parts))
 
 
 def next_step(model: Path, output: Path) -> str:

@@ -4,7 +4,7 @@ import json
 import sys
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 PLAIN_WIDTH = 120
@@ -18,6 +18,25 @@ def stdout() -> Console:
     """
     width = None if sys.stdout.isatty() else PLAIN_WIDTH
     return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def show(report: RenderableType) -> None:
+    """Print a report on stdout: in colour on a terminal, as plain text where it is piped."""
+    console = stdout()
+    if console.is_terminal:
+        console.print(report)
+    else:
+        console.file.write(plain(report))
+
+
+def plain(report: RenderableType) -> str:
+    """Write a report without colour and without blanks at the ends of lines."""
+    console = Console(
+        width=PLAIN_WIDTH, color_system=None, highlight=False, markup=False, emoji=False
+    )
+    with console.capture() as capture:
+        console.print(report)
+    return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
 
 
 def bare_table() -> Table:
