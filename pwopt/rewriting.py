@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
+from pwopt.editing import Edit
 from pwopt.errors import PwoptError
 from pwopt.model import Model
 
@@ -46,14 +47,49 @@ class PassReport:
         return len(self.events) - self.rewrote
 
 
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Whether an edit stays: why, and what was counted or measured."""
+
+    accepted: bool
+    reason: str
+    data: Mapping[str, int | float | str] = field(default_factory=dict)
+
+
+class Judge(Protocol):
+    """Decides whether an edit, just made in `model`, pays and is right."""
+
+    def __call__(self, model: Model, edit: Edit) -> Judgement:
+        """Judge; the edit is in place before and after."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What a pass may ask for beyond the model itself.
 
     `shapes` fixes input axes that the model leaves open, as in ``{"images": (1, 3, 224, 224)}``.
+    `judge` decides on edits that are legal; without one they all stay.
     """
 
     shapes: Mapping[str, Sequence[int]] | None = None
+    judge: Judge | None = None
+
+    def settle(
+        self,
+        model: Model,
+        edit: Edit,
+        where: str,
+        reason: str,
+        data: Mapping[str, int | float | str] | None = None,
+    ) -> Event:
+        """Keep `edit` or take it back, as the judge says, and report it as an event."""
+        verdict = self.judge(model, edit) if self.judge else Judgement(True, "")
+        data = {**(data or {}), **verdict.data}
+        if not verdict.accepted:
+            edit.undo()
+            return Event("skipped", where, verdict.reason, data)
+        edit.settle()
+        return Event("rewrote", where, reason, data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -19,6 +19,13 @@ SEQUENCE = 16
 """Elements assumed for any other axis that the model leaves open."""
 
 Shape = tuple[int | None, ...]
+
+
+class Type(NamedTuple):
+    """Element type, if known, and shape of a tensor; None for an axis that stays open."""
+
+    dtype: np.dtype[Any] | None
+    shape: Shape
 
 # Strict inference may fail inside the body of a function operator, as of
 # MeanVarianceNormalization, which is no fault of the model's.
@@ -111,8 +118,13 @@ def infer(model: Model, binding: Binding) -> dict[str, Shape]:
     Raises:
         ModelError: the bound shapes do not go through the model.
     """
+    return {name: kind.shape for name, kind in infer_types(model, binding).items()}
+
+
+def infer_types(model: Model, binding: Binding) -> dict[str, Type]:
+    """Infer the element type and shape of every tensor, as `infer` does."""
     proto = model.skeleton()
-    declared = {i.name: _shape(i) for i in (*proto.graph.value_info, *proto.graph.output)}
+    declared = {i.name: _type(i) for i in (*proto.graph.value_info, *proto.graph.output)}
     del proto.graph.value_info[:]
     for info in proto.graph.output:
         if info.type.HasField("tensor_type"):  # inference is told about inputs alone
@@ -128,10 +140,13 @@ def infer(model: Model, binding: Binding) -> dict[str, Shape]:
             raise ModelError(f"{model.name}: {_explain(error, binding)}") from error
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     graph = inferred.graph
-    shapes = {i.name: _shape(i) for i in (*graph.input, *graph.output, *graph.value_info)}
-    shapes |= {t.name: tuple(t.dims) for t in graph.initializer}
-    known = declared | {name: shape for name, shape in shapes.items() if shape is not None}
-    return {name: shape for name, shape in known.items() if shape is not None}
+    types = {i.name: _type(i) for i in (*graph.input, *graph.output, *graph.value_info)}
+    types |= {
+        t.name: Type(helper.tensor_dtype_to_np_dtype(t.data_type), tuple(t.dims))
+        for t in graph.initializer
+    }
+    known = declared | {name: type_ for name, type_ in types.items() if type_ is not None}
+    return {name: type_ for name, type_ in known.items() if type_ is not None}
 
 
 def _input(model: Model, info: onnx.ValueInfoProto) -> Input:
@@ -181,13 +196,15 @@ def _usual(model: Model, declared: Input, axis: int, batch: int) -> int:
     return IMAGE_SIDE
 
 
-def _shape(info: onnx.ValueInfoProto) -> Shape | None:
+def _type(info: onnx.ValueInfoProto) -> Type | None:
     tensor = info.type.tensor_type
     if not tensor.HasField("shape"):
         return None
-    return tuple(
+    shape = tuple(
         d.dim_value if d.WhichOneof("value") == "dim_value" else None for d in tensor.shape.dim
     )
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type) if tensor.elem_type else None
+    return Type(dtype, shape)
 
 
 def _explain(error: Exception, binding: Binding) -> str:
