@@ -46,7 +46,7 @@ READ_ELSEWHERE = "the Conv's output is read elsewhere too"
 
 
 def opset(version: int) -> str:
-    return f'<ir_version: {3 if version < 9 else 8}, opset_import: ["" : {version}]>'
+    return f'<ir_version: 8, opset_import: ["" : {version}]>'
 
 
 def pooled(attributes: str, *, bias: bool = True, version: int = 19) -> str:
