@@ -32,7 +32,7 @@ others read as well is not saved.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import gcd, prod
 from typing import Any, ClassVar, NamedTuple
 
@@ -65,7 +65,7 @@ class MergeLinearConvs(Pass):
             ModelError: there is a pair to merge, but the model's shapes cannot be inferred.
         """
         names = Names(model)
-        known: Mapping[str, Shape] = {}
+        shapes = cache(lambda: infer(model, bind(model, context.shapes)))
         judged: dict[tuple[int, int], tuple[_Pair, Event]] = {}  # the pair keeps its ids its own
         merging = True
         while merging:  # a merged layer may merge again
@@ -80,19 +80,11 @@ class MergeLinearConvs(Pass):
                     skipped.append(judged[key][1])
                     continue
                 where = node.outputs[0].name
-                merged = _merged(model.graph, pair)
-                if isinstance(merged, str):
-                    skipped.append(Event("skipped", where, merged))
+                found = _replacement(model.graph, pair, shapes, names)
+                if isinstance(found, str):
+                    skipped.append(Event("skipped", where, found))
                     continue
-                known = known or infer(model, bind(model, context.shapes))
-                gain = _gain(model.graph, pair, merged, known)
-                if isinstance(gain, str):
-                    skipped.append(Event("skipped", where, gain))
-                    continue
-                layer = _layer(pair, merged, names)
-                if isinstance(layer, str):
-                    skipped.append(Event("skipped", where, layer))
-                    continue
+                layer, gain = found
                 edit = Edit(model.graph, pair.nodes, [layer])
                 reason = f"merged with the {pair.first.op} before it"
                 event = context.settle(model, edit, where, reason, gain)
@@ -153,6 +145,20 @@ def _pair(second: gs.Node) -> _Pair | None:
     return _Pair(first, tuple(between), second) if first and is_op(first, *kinds) else None
 
 
+def _replacement(
+    graph: gs.Graph, pair: _Pair, shapes: Callable[[], Mapping[str, Shape]], names: Names
+) -> tuple[gs.Node, dict[str, int]] | str:
+    """Make the layer that `pair` merges into and count what it saves, or say why it does not."""
+    merged = _merged(graph, pair)
+    if isinstance(merged, str):
+        return merged
+    gain = _gain(graph, pair, merged, shapes())
+    if isinstance(gain, str):
+        return gain
+    layer = _layer(pair, merged, names)
+    return layer if isinstance(layer, str) else (layer, gain)
+
+
 def _merged(graph: gs.Graph, pair: _Pair) -> _Merged | str:
     """Describe what `pair` merges into, or say why it does not."""
     first, between, second = pair
@@ -178,10 +184,9 @@ def _merged(graph: gs.Graph, pair: _Pair) -> _Merged | str:
 
 def _active(graph: gs.Graph, dropout: gs.Node) -> str | None:
     """Say how a Dropout (ONNX operators, versions 1 to 22) differs from an Identity, if it does."""
-    if len(dropout.outputs) > 1 and (
-        dropout.outputs[1].outputs or is_output(graph, dropout.outputs[1])
-    ):
-        return "Dropout's mask is read"
+    for mask in dropout.outputs[1:]:
+        if mask.outputs or is_output(graph, mask):
+            return "Dropout's mask is read"
     training = dropout.inputs[2] if len(dropout.inputs) > 2 else None
     if training is not None and not training.is_empty():
         flag = constant(training)
@@ -220,10 +225,13 @@ class _Window(NamedTuple):
     kernel: int
     stride: int
     dilation: int
-    pads: tuple[int, int]
+    pads: Sequence[int]
 
 
 def _merged_convs(first: gs.Node, second: gs.Node) -> _Merged | str:
+    for node in (first, second):
+        if node.attrs.get("auto_pad", "NOTSET") != "NOTSET" and any(node.attrs.get("pads", [])):
+            return "auto_pad and pads contradict each other"
     windows = [_windows(node) for node in (first, second)]
     if any(pad < 0 for side in windows for window in side for pad in window.pads):
         return "negative pads"
@@ -277,11 +285,14 @@ def _windows(conv: gs.Node) -> list[_Window]:
     """Describe a Conv axis by axis; auto_pad=SAME of a k×k is left to the caller."""
     kernel = _shape(conv)[2:]
     rank = len(kernel)
-    explicit = conv.attrs.get("auto_pad", "NOTSET") == "NOTSET"
-    pads = conv.attrs.get("pads", [0] * 2 * rank) if explicit else [0] * 2 * rank
+    pads = conv.attrs.get("pads", [0] * 2 * rank)
     strides, dilations = (conv.attrs.get(name, [1] * rank) for name in ("strides", "dilations"))
-    sides = zip(pads[:rank], pads[rank:], strict=True)
-    return [_Window(*window) for window in zip(kernel, strides, dilations, sides, strict=True)]
+    return [
+        _Window(taps, stride, dilation if taps > 1 else 1, sides)
+        for taps, stride, dilation, *sides in zip(
+            kernel, strides, dilations, pads[:rank], pads[rank:], strict=True
+        )
+    ]
 
 
 def _compose(first: _Window, second: _Window) -> _Window | str:
@@ -293,10 +304,8 @@ def _compose(first: _Window, second: _Window) -> _Window | str:
         return "neither kernel is 1×1"
     if first.kernel > 1:
         return "the second Conv pads what a k×k wrote"
-    front, behind = (
-        first.stride * pad + own for pad, own in zip(second.pads, first.pads, strict=True)
-    )
-    return _Window(second.kernel, stride, first.stride * second.dilation, (front, behind))
+    pads = [first.stride * pad + own for pad, own in zip(second.pads, first.pads, strict=True)]
+    return _Window(second.kernel, stride, first.stride * second.dilation, pads)
 
 
 def _conv_weight(first: gs.Node, second: gs.Node, group: int) -> Array:

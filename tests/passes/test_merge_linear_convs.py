@@ -272,6 +272,12 @@ def test_auto_pad_that_would_pad_otherwise(mode: str) -> None:
     )
 
 
+def test_a_dilation_of_a_single_tap_says_nothing() -> None:
+    text = f"{HEADER} <float[8,4,1,1] v, float[6,8,3,1] w> {{ t = Conv<dilations=[2,2]>(x, v)"
+    outcome = merged(f'{text} y = Conv<auto_pad="SAME_UPPER">(t, w) }}')
+    assert attributes(outcome)["dilations"] == [1, 1]  # onnxruntime wants it with SAME
+
+
 def test_neither_kernel_is_pointwise() -> None:
     text = f"{HEADER} <float[8,4,3,3] v, float[6,8,2,2] w> {{ t = Conv(x, v)  y = Conv(t, w) }}"
     assert_skipped(text, MERGE, "neither kernel is 1×1")
@@ -281,6 +287,21 @@ def test_a_pointwise_that_pads_what_a_wide_one_wrote() -> None:
     text = f"{HEADER} <float[8,4,3,3] v, float[6,8,1,1] w>"
     text += "{ t = Conv(x, v)  y = Conv<pads=[1,1,1,1]>(t, w) }"
     assert_skipped(text, MERGE, "the second Conv pads what a k×k wrote")
+
+
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+def test_auto_pad_and_pads(mode: str) -> None:
+    text = f"{HEADER} <float[8,4,1,1] v, float[6,8,3,3] w>"
+    text += f'{{ t = Conv(x, v)  y = Conv<auto_pad="{mode}", pads=[1,1,1,1]>(t, w) }}'
+    assert_skipped(text, MERGE, "auto_pad and pads contradict each other")
+
+
+def test_negative_pads_stay() -> None:
+    text = f"{HEADER} <float[8,4,1,1] v, float[6,8,3,3] w>"
+    model = parse(f"{text} {{ t = Conv(x, v)  y = Conv<pads=[1,1,1,1]>(t, w) }}")
+    model.proto.graph.node[1].attribute[0].ints[:] = [-1, 0, 0, 0]  # which no checker lets pass
+    (event,) = MERGE.apply(model, Context())
+    assert (event.kind, event.reason) == ("skipped", "negative pads")
 
 
 def test_a_kernel_shape_or_not() -> None:
