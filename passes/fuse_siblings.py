@@ -2,17 +2,17 @@
 
 Before → after, for 1×1 convolutions with weights W₁ … W_n and biases b₁ … b_n::
 
-    x → Conv 1×1 (W₁, b₁) → y₁                ┌→ y₁
-    x → Conv 1×1 (W₂, b₂) → y₂      ⇒      x → Conv 1×1 ([W₁; W₂], [b₁; b₂]) → Split → y₂
+    x → Conv 1×1 (W₁, b₁) → y₁
+    …                               ⇒   x → Conv 1×1 ([W₁; …; W_n], [b₁; …; b_n]) → Split → y₁ … y_n
+    x → Conv 1×1 (W_n, b_n) → y_n
 
 Maths: the output channels of a convolution do not know of each other, so weights and biases are
-put one behind the other along the output channels. No number is computed anew: the values are the
-same to the bit, and 0 is the bias of a sibling without one.
+put one behind the other along them, bit for bit; 0 is the bias of a sibling without one.
 
 Conditions: two or more Convs of group 1 with a kernel of 1 that read one tensor with the same
-strides and pads; weights and biases are constant and of floating point. Dilations say nothing about
-a kernel of one tap and are left out; auto_pad pads nothing there. The Split writes the very tensors
-the siblings wrote, so it does not matter who reads them.
+strides and pads; weights and biases are constant and of floating point. Dilations say nothing
+about a kernel of one tap and are left out, and so is auto_pad, which adds no padding there. The
+Split writes the very tensors the siblings wrote, so it does not matter who reads them.
 
 Fewer and wider convolutions are not faster everywhere: let it be measured.
 """
@@ -88,6 +88,8 @@ def _obstacle(conv: gs.Node) -> str | None:
         return "the Conv's weight is not a constant"
     if weight.dtype.kind != "f":
         return f"the Conv's weight is {weight.dtype.name}"
+    if conv.attrs.get("auto_pad", "NOTSET") != "NOTSET" and any(conv.attrs.get("pads", ())):
+        return "the Conv has both auto_pad and pads"  # runtimes differ on which one holds
     if _has_bias(conv) and constant(conv.inputs[2]) is None:
         return "the Conv's bias is not a constant"
     return None
@@ -98,12 +100,11 @@ def _has_bias(conv: gs.Node) -> bool:
 
 
 def _geometry(conv: gs.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return strides and pads. A kernel of 1 needs no padding to be SAME, whatever the stride."""
+    """Return strides and pads; auto_pad adds none to a kernel of 1, whatever the stride."""
     axes = len(_weight(conv).shape) - 2
     strides = conv.attrs.get("strides", [1] * axes)
-    explicit = conv.attrs.get("auto_pad", "NOTSET") == "NOTSET"
-    pads = conv.attrs.get("pads") if explicit else None
-    return tuple(strides), tuple(pads or [0] * 2 * axes)
+    pads = conv.attrs.get("pads", [0] * 2 * axes)
+    return tuple(strides), tuple(pads)
 
 
 def _weight(conv: gs.Node) -> gs.Constant:

@@ -108,7 +108,7 @@ def _obstacle(graph: gs.Graph, conv: gs.Node, pool: gs.Node) -> str | None:
         return f"the Conv's weight is {weight.dtype.name}"
     if any(stride != 1 for stride in conv.attrs.get("strides", ())):
         return "the Conv has a stride"
-    if conv.attrs.get("auto_pad", "NOTSET") == "NOTSET" and any(conv.attrs.get("pads", ())):
+    if any(conv.attrs.get("pads", ())):  # auto_pad adds none to a kernel of 1
         return "the Conv pads its input"
     if pool.op == "ReduceMean":
         return _reduction_obstacle(pool, len(weight.shape))
@@ -140,15 +140,15 @@ class _Windows:
 
     def __init__(self, pool: gs.Node) -> None:
         kernel = pool.attrs["kernel_shape"]
-        ones, zeros = [1] * len(kernel), [0] * len(kernel)
+        ones = [1] * len(kernel)
         dilations = pool.attrs.get("dilations", ones)
-        auto_pad = pool.attrs.get("auto_pad", "NOTSET")
-        pads = pool.attrs.get("pads", zeros * 2) if auto_pad == "NOTSET" else zeros * 2
+        pads = pool.attrs.get("pads", [0] * 2 * len(kernel))
         self.strides = pool.attrs.get("strides", ones)
         self.extents = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
         self.end_pads = pads[len(kernel) :]
         self.pads = [a + b for a, b in zip(pads[: len(kernel)], self.end_pads, strict=True)]
-        self.same = auto_pad.startswith("SAME")  # ⌈size / stride⌉ windows, padded as needed
+        # There are then ⌈size / stride⌉ windows, and padding as they need it.
+        self.same = pool.attrs.get("auto_pad", "NOTSET").startswith("SAME")
         self.padded = self.same or any(pads)
         self.dilated = dilations != ones
         self.ceil = bool(pool.attrs.get("ceil_mode", 0))

@@ -337,6 +337,13 @@ def test_other_strides_and_pads(one: str, other: str) -> None:
     assert apply(parse(text), FUSE).reasons == {"y": ALONE, "z": ALONE}
 
 
+def test_auto_pad_and_pads_contradict_each_other() -> None:
+    attributes = 'auto_pad="VALID", pads=[1,1,1,1]'
+    text = f"{HEADER} {WEIGHTS} {{ y = Conv(x, w)  z = Conv<{attributes}>(x, v) }}"
+    reason = "the Conv has both auto_pad and pads"
+    assert apply(parse(text), FUSE).reasons == {"y": ALONE, "z": reason}
+
+
 def test_groups() -> None:
     text = f"{HEADER} <float[6,4,1,1] w, float[6,2,1,1] v>"
     outcome = apply(parse(f"{text} {{ y = Conv(x, w)  z = Conv<group=2>(x, v) }}"), FUSE)

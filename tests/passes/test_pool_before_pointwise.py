@@ -110,14 +110,15 @@ def test_reduce_mean_that_drops_its_axes() -> None:
     assert_pass(before, POOL, after)
 
 
-def test_axes_to_drop_are_an_attribute_before_opset_13() -> None:
-    header = f"{opset(11)} {HEADER} {WEIGHTS}"
-    mean = "ReduceMean<axes=[-2,-1],keepdims=0>"
+@pytest.mark.parametrize("version", [7, 12])
+def test_axes_to_drop_are_an_attribute_before_opset_13(version: int) -> None:
+    header = f"{opset(version)} {HEADER} {WEIGHTS}"
+    mean = "ReduceMean<axes=[2,3],keepdims=0>"
     before = f"{header} {{ t = Conv(x, w, b)  y = {mean}(t) }}"
     after = f"""
     {header}
     {{
-      y.pool = ReduceMean<axes=[-2,-1],keepdims=1>(x)
+      y.pool = ReduceMean<axes=[2,3],keepdims=1>(x)
       y.conv = Conv(y.pool, w, b)
       y = Squeeze<axes=[2,3]>(y.conv)
     }}
