@@ -247,9 +247,10 @@ class Initializers:
         """
         old = node.inputs[index] if index < len(node.inputs) else gs.Variable.empty()
         if isinstance(old, gs.Constant) and is_only_reader(self._graph, node, old):
+            self._shared = [pair for pair in self._shared if pair[1] is not old]
             return gs.Constant(old.name, values)
         for source, made in self._shared:
-            if source is old and made.outputs and np.array_equal(made.values, values):
+            if source is old and np.array_equal(made.values, values):
                 return made
         new = gs.Constant(self._names.tensor(f"{node.outputs[0].name}.{part}"), values)
         self._shared.append((old, new))

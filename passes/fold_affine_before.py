@@ -136,7 +136,7 @@ class _Folder:
     def _makes_rows(self, node: gs.Node) -> bool:
         """Tell whether a Reshape does what Flatten does: [N, C, …] → [N, C·…]."""
         target = constant_value(node.inputs[1]) if len(node.inputs) > 1 else None
-        if target is None or target.shape != (2,):
+        if target is None or list(target.shape) != [2]:
             return False
         rows, columns = target.values.tolist()
         if rows == 0:
