@@ -23,10 +23,11 @@ maps that hang together, as far up as the stride can go.
 
 Conditions: the step is above 1 only if every reader of the map is such a convolution or one of the
 operators below, whose own output has a step; the map is no output of the model and no subgraph
-reads it. Its producer is a Conv (auto_pad SAME_* only with stride and dilation 1, where the pads
-do not depend on the size), an activation or other elementwise operator, arithmetic with constants
-that do not vary along the strided axes, BatchNormalization or Dropout in inference mode. Maps are
-float16, float32 or float64, and a Conv is among the producers. Weights are not looked at.
+reads it. Its producer is a Conv, an activation or other elementwise operator, arithmetic with
+constants that do not vary along the strided axes, BatchNormalization or Dropout in inference mode.
+Where auto_pad is SAME_*, the pads must not depend on the size: stride and dilation are 1, or the
+kernel is 1 and the stride 2. Maps are float16, float32 or float64, and a Conv is among the
+producers. Weights are not looked at.
 """
 
 from collections.abc import Iterator, Sequence
@@ -124,17 +125,16 @@ class _Survey:
         kernel = conv.attrs.get("kernel_shape") or (self._shape(conv.inputs[1]) or ())[2:]
         if None in kernel:
             return []
-        rank = len(kernel)
-        pads = conv.attrs.get("pads")
-        if pads is None or _auto_pad(conv) != "NOTSET":  # SAME does not pad a kernel of 1
-            pads = [0, 0] * rank
-        sizes = (
-            kernel,
-            conv.attrs.get("strides") or [1] * rank,
-            conv.attrs.get("dilations") or [1] * rank,
-            [any(sides) for sides in zip(pads[:rank], pads[rank:], strict=True)],
-        )
-        return [_Axis(*axis) for axis in zip(*sizes, strict=True)]
+        rank, auto_pad = len(kernel), _auto_pad(conv)
+        strides = conv.attrs.get("strides") or [1] * rank
+        dilations = conv.attrs.get("dilations") or [1] * rank
+        pads = conv.attrs.get("pads") or [0, 0] * rank
+        padded = [any(sides) for sides in zip(pads[:rank], pads[rank:], strict=True)]
+        if not any(padded) and auto_pad.startswith("SAME"):
+            # It should pad a kernel of 1 by nothing, but onnxruntime crops (stride − 1) / 2.
+            padded = [size > 1 or stride > 2 for size, stride in zip(kernel, strides, strict=True)]
+        sizes = zip(kernel, strides, dilations, padded, strict=True)
+        return [_Axis(*axis) for axis in sizes]
 
     def regions(self, convs: Sequence[gs.Node]) -> list[tuple[gs.Node, list[gs.Node]]]:
         """Return each region that holds some of `convs` of kernel 1, with the first of them."""
@@ -154,7 +154,7 @@ class _Survey:
             for index, tensor in enumerate(node.inputs):
                 if self.need(node, index) and not self.grid(tensor):
                     return self._obstacles.get(id(tensor), f"no layer computes '{tensor.name}'")
-        return "the convolution is padded"
+        return self._conv_refusal(region[0]) or "it is padded"
 
     def _region(self, node: gs.Node) -> list[gs.Node]:
         """Return `node` and all that hang together with it by maps that have a step, in order."""
@@ -246,10 +246,12 @@ class _Survey:
         axes = self.axes(conv)
         if not axes:
             return f"the kernel of the Conv that writes '{conv.outputs[0].name}' is not known"
-        if _auto_pad(conv).startswith("SAME"):
-            for axis in axes:
-                if axis.kernel > 1 and (axis.stride > 1 or axis.dilation > 1):
-                    return f"the pads of auto_pad={_auto_pad(conv)} depend on the stride"
+        if _contradicts_itself(conv):
+            return "the Conv has both auto_pad and pads"
+        if not _auto_pad(conv).startswith("SAME"):
+            return None
+        if any(axis.padded and (axis.stride > 1 or axis.dilation > 1) for axis in axes):
+            return f"the pads of auto_pad={_auto_pad(conv)} depend on the size"
         return None
 
     def _arithmetic_refusal(self, node: gs.Node, grid: Grid) -> str | None:
@@ -334,6 +336,11 @@ def _pads(axes: Sequence[_Axis], auto_pad: str) -> list[int]:
 
 def _auto_pad(conv: gs.Node) -> str:
     return str(conv.attrs.get("auto_pad", "NOTSET"))
+
+
+def _contradicts_itself(conv: gs.Node) -> bool:
+    """Tell whether runtimes may differ on which padding holds."""
+    return _auto_pad(conv) != "NOTSET" and any(conv.attrs.get("pads", ()))
 
 
 def _is_strided(conv: gs.Node) -> bool:

@@ -232,7 +232,7 @@ def test_sizes(side: int, stride: int, attributes: str, kernel: int) -> None:
 
 @pytest.mark.parametrize("pad", ["SAME_UPPER", "SAME_LOWER"])
 @pytest.mark.parametrize("attribute", ["strides=[2,2]", "strides=[1,2]", "dilations=[2,1]"])
-def test_same_pads_that_depend_on_the_stride(pad: str, attribute: str) -> None:
+def test_same_pads_that_depend_on_the_size(pad: str, attribute: str) -> None:
     proto = parse_proto(
         f'{HEADER} {{ a = Conv<auto_pad="{pad}", {attribute}>(x, w)'
         " y = Conv<strides=[2,2]>(a, v) }"
@@ -243,7 +243,7 @@ def test_same_pads_that_depend_on_the_stride(pad: str, attribute: str) -> None:
         values = random_weight(rng, info.name, shape).astype(np.float32)
         proto.graph.initializer.append(numpy_helper.from_array(values, info.name))
     del proto.graph.value_info[:]
-    reason = f"the pads of auto_pad={pad} depend on the stride"
+    reason = f"the pads of auto_pad={pad} depend on the size"
     assert_skipped(checked(proto), HOIST, reason)
 
 
@@ -251,6 +251,27 @@ def test_same_pads_that_depend_on_the_stride(pad: str, attribute: str) -> None:
 def test_a_kernel_of_1_is_not_padded_by_auto_pad(pad: str) -> None:
     text = f'{HEADER} {{ a = Conv(x, w)  y = Conv<auto_pad="{pad}", strides=[2,2]>(a, v) }}'
     assert strides(hoisted(text)) == {"a.strided": [2, 2]}
+
+
+@pytest.mark.parametrize("pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize("layer", ["a", "y"])
+def test_auto_pad_and_pads_contradict_each_other(pad: str, layer: str) -> None:
+    text = through("b = Relu(a)")
+    if layer == "a":
+        text = text.replace("pads=[1,1,1,1]", f'pads=[1,1,1,1], auto_pad="{pad}"')
+    else:
+        text = text.replace("strides=[2,2]", f'strides=[2,2], pads=[1,1,1,1], auto_pad="{pad}"')
+    assert_skipped(text, HOIST, "the Conv has both auto_pad and pads")
+
+
+@pytest.mark.parametrize("pad", ["SAME_UPPER", "SAME_LOWER"])
+def test_onnxruntime_crops_for_a_kernel_of_1_and_a_stride_of_3(pad: str) -> None:
+    conv = f'Conv<auto_pad="{pad}", strides=[3,3]>'
+    reason = f"the pads of auto_pad={pad} depend on the size"
+    assert_skipped(f"{HEADER} {{ a = Conv(x, w)  y = {conv}(a, v) }}", HOIST, reason)
+    below = f"{{ a = {conv}(x, w)  y = Conv<strides=[2,2]>(a, v) }}"
+    events = apply(parse(f"{HEADER.replace('4,3,3,3', '4,3,1,1')} {below}"), HOIST).events
+    assert [(e.where, e.reason) for e in events] == [("a", reason), ("y", reason)]
 
 
 def test_weights_may_be_anything() -> None:
@@ -511,7 +532,7 @@ def test_no_convolution_above() -> None:
 @pytest.mark.parametrize("pads", ["1,1,1,1", "0,1,1,0"])
 def test_a_padded_pointwise_convolution(pads: str) -> None:
     text = through("b = Relu(a)").replace("strides=[2,2]", f"strides=[2,2], pads=[{pads}]")
-    assert_skipped(text, HOIST, "the convolution is padded")
+    assert_skipped(text, HOIST, "it is padded")
 
 
 @pytest.mark.parametrize(
@@ -729,7 +750,7 @@ class Network:
 
 
 @st.composite
-def networks(draw: Callable[..., Any]) -> Model:
+def networks(draw: Callable[..., Any]) -> Any:
     """Draw a few layers with strided 1×1 convolutions behind them."""
     network = Network(draw, known=draw(st.booleans()))
     layers = [network.conv, network.conv, network.unary, network.pair, network.pair]
