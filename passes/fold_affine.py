@@ -35,7 +35,7 @@ from pwopt.affine import OPERATORS, Affine, affine, gives_on
 from pwopt.constants import constant_value
 from pwopt.editing import Edit
 from pwopt.errors import ModelError
-from pwopt.graph import Names, is_only_reader, is_op, producer
+from pwopt.graph import Names, is_only_reader, is_op, is_output, producer
 from pwopt.model import Model
 from pwopt.rewriting import Context, Event, Pass
 
@@ -69,7 +69,7 @@ class FoldAffine(Pass):
             if isinstance(new, str):
                 yield Event("skipped", where, new)
                 continue
-            edit = Edit(model.graph, old=site.path, new=new)
+            edit = Edit(model.graph, old=[*site.path, *site.casts(model.graph)], new=new)
             yield context.settle(model, edit, where, f"{node.op} folded", {"op": node.op})
 
 
@@ -83,6 +83,12 @@ class _Site(NamedTuple):
     @property
     def layer(self) -> gs.Node:
         return self.path[0]
+
+    def casts(self, graph: gs.Graph) -> list[gs.Node]:
+        """List what casts a constant for an affine alone, perhaps to the type of its tensor."""
+        operands = [(node, tensor) for node, _ in self.affines for tensor in node.inputs]
+        writers = [producer(t) for node, t in operands if is_only_reader(graph, node, t)]
+        return [node for node in writers if node is not None and is_op(node, "CastLike")]
 
 
 def _site(graph: gs.Graph, node: gs.Node) -> _Site | None:
@@ -132,8 +138,11 @@ class _Folder:
     def fold(self, site: _Site) -> list[gs.Node] | str:
         """Fold the affines of `site` into its layer; return why if that is not possible."""
         layer, node = site.layer, site.path[-1]
+        casts = site.casts(self._graph)
         for writer, reader in pairwise(site.path):
-            if not is_only_reader(self._graph, reader, writer.outputs[0]):
+            tensor = writer.outputs[0]
+            readers = [node for node in tensor.outputs if not any(node is cast for cast in casts)]
+            if is_output(self._graph, tensor) or len(readers) != 1 or readers[0] is not reader:
                 return f"the {layer.op}'s output is read elsewhere too"
         old = node.op == "BatchNormalization" and layer.op in ("Conv", "ConvTranspose")
         if self._graph.opset < 7 and not old:
