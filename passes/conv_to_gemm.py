@@ -205,7 +205,7 @@ def _regions(
     wanted = set(covering)
     for node in reversed(members):
         output = node.outputs[0]
-        if any(id(r) in wanted for r in output.outputs) or _flattenings(graph, output, known):
+        if any(id(r) in wanted for r in output.outputs) or _flattenings(output, known):
             wanted.add(id(node))
 
     regions: list[tuple[set[int], list[gs.Node]]] = []
@@ -226,8 +226,7 @@ def _is_elementwise(graph: gs.Graph, node: gs.Node, ranks: dict[int, int]) -> bo
     if any(tensor.name for tensor in node.outputs[1:]):  # Dropout's mask is a map, too
         return False
     if is_op(node, "BatchNormalization"):  # takes matrices from opset 9 on
-        is_inference = graph.opset >= 9 and not node.attrs.get("training_mode", 0)
-        return is_inference and id(node.inputs[0]) in ranks
+        return bool(graph.opset >= 9) and id(node.inputs[0]) in ranks
     if is_op(node, *UNARY):
         return id(node.inputs[0]) in ranks
     if not is_op(node, *BROADCASTING):
@@ -249,10 +248,11 @@ def _is_per_channel(tensor: gs.Tensor, rank: int) -> bool:
     return bool(prod(aligned) == aligned[1])
 
 
-def _flattenings(graph: gs.Graph, tensor: gs.Tensor, known: dict[str, Shape]) -> list[gs.Node]:
+def _flattenings(tensor: gs.Tensor, known: dict[str, Shape]) -> list[gs.Node]:
     """List the nodes that make [N, K] of `tensor`, a map of shape [N, K, 1, …].
 
-    All three operators keep the elements and their order, so that K columns leave N rows.
+    All three operators keep the elements and their order, so that K columns leave N rows. Nodes in
+    subgraphs are not among them, for `known` has nothing of what those write.
     """
     return [
         node
@@ -261,7 +261,6 @@ def _flattenings(graph: gs.Graph, tensor: gs.Tensor, known: dict[str, Shape]) ->
         # Without axes, Squeeze takes a batch of one away too, whatever was declared.
         and not (node.op == "Squeeze" and len(node.inputs) == 1 and "axes" not in node.attrs)
         and _is_matrix(node.outputs[0], _features(tensor, known), known)
-        and any(other is node for other in graph.nodes)  # not in a subgraph
     ]
 
 
@@ -296,7 +295,7 @@ class _Writer:
         old, new = list(region), []
         for node in region:
             x, output = node.inputs[0], node.outputs[0]
-            views = _flattenings(self._graph, output, self._known)
+            views = _flattenings(output, self._known)
             old += views
             y = views[0].outputs[0] if views else self._inner(output, "flat")
             if id(node) in covering:

@@ -278,7 +278,7 @@ def test_taps_on_padding_are_cut_off(size: str, kernel: str, attributes: str, co
     {{ c = Conv<{attributes}>(x, w, b)  y = Flatten(c) }}
     """
     outcome = became(text, "Flatten", "Gemm")
-    name = outcome.proto.graph.node[1].input[1]
+    name = "w" if kernel == size else "c.weight"
     assert values(outcome.proto)[name].shape == (6, 4 * columns)
 
 
@@ -488,9 +488,10 @@ def test_operators_that_come_along(nodes: str, weights: str) -> None:
 @pytest.mark.parametrize(
     ("nodes", "weights"),
     [
-        ("t, mask = Dropout(c)  m = Cast<to=1>(mask)  n = ReduceMax(m)  t2 = Add(t, n)", ""),
+        ("t, mask = Dropout(c)  m = Cast<to=1>(mask)  n = Relu(t)  t2 = Mul(n, m)", ""),
         ("t2 = Add(c, s)", ", float[5,1,1,1] s"),
         ("t2 = Add(c, s)", ", float[6] s"),
+        ("t2 = Add(c, s)", ", float[1,1,1,1,1] s"),
         ("t2 = Add(c, x)", ""),
         ("t2 = Softmax<axis=1>(c)", ""),
     ],
@@ -506,6 +507,41 @@ def test_operators_that_do_not_come_along(nodes: str, weights: str) -> None:
     assert ops(outcome)[-1] == "Flatten"
     feeds = random_feeds(model)
     assert_close(run(outcome.model, feeds), run(model, feeds))
+
+
+def test_a_mask_stays_a_map() -> None:
+    text = """
+    head (float[N,4,1,1] x) => (float[N,6] y, bool[N,6,1,1] mask) <float[6,4,1,1] w>
+    { c = Conv(x, w)  t, mask = Dropout(c)  y = Flatten(t) }
+    """
+    became(text, "Flatten", "Gemm", "Unsqueeze", "Dropout", "Flatten")
+
+
+def test_maps_of_unlike_rank_do_not_meet_as_matrices() -> None:
+    text = """
+    odd (float[1,4,1] x, float[1,4,1,1] z) => (float[1,36] y)
+    <float[6,4,1] w, float[6,4,1,1] v>
+    { c = Conv(x, w)  d = Conv(z, v)  s = Add(c, d)  y = Flatten(s) }
+    """
+    model = parse(text)
+    outcome = apply(model, GEMM)
+    assert ops(outcome) == [*["Flatten", "Gemm", "Unsqueeze"] * 2, "Add", "Flatten"]
+    assert_close(run(outcome.model, random_feeds(model)), run(model, random_feeds(model)))
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        (8, ["Flatten", "Gemm", "Unsqueeze", "BatchNormalization", "Flatten"]),
+        (9, ["Flatten", "Gemm", "BatchNormalization"]),
+    ],
+)
+def test_normalisation_of_matrices_from_opset_9_on(version: int, expected: list[str]) -> None:
+    text = f"""
+    {HEAD} <float[6,4,1,1] w, float[6] g, float[6] b, float[6] m, float[6] var>
+    {{ c = Conv(x, w)  t = BatchNormalization(c, g, b, m, var)  y = Flatten(t) }}
+    """
+    became(opset(version, text), *expected)
 
 
 def test_residual_branches_are_one_site() -> None:
@@ -553,6 +589,16 @@ def test_other_views_in_front_stay() -> None:
     { t = Reshape(x, s)  c = Conv(t, w)  y = Flatten(c) }
     """
     became(text, "Reshape", "Flatten", "Gemm")
+
+
+def test_rows_and_maps_in_turn() -> None:
+    text = """
+    head (float[N,8,1,1] x) => (float[N,3] y)
+    <float[4,8,1,1] w, float[3,2,1,2] v, int64[4] s = {0, 2, 1, 2}>
+    { c = Conv(x, w)  f = Flatten(c)  t = Reshape(f, s)  d = Conv(t, v)  y = Flatten(d) }
+    """
+    outcome = became(text, "Flatten", "Gemm", "Gemm")
+    assert outcome.rewrote == ["c", "d"]
 
 
 def test_a_view_that_others_read_stays() -> None:
@@ -757,11 +803,21 @@ def test_matmul_bias_that_is_an_input() -> None:
     assert_skipped(text, MATMUL, "the Conv's bias is not a constant")
 
 
+def test_a_bias_that_is_an_output_keeps_its_name() -> None:
+    text = """
+    h (float[N,4,8,8] x) => (float[N,6,8,8] y, float[6] b) <float[6,4,1,1] w, float[6] b>
+    { y = Conv(x, w, b) }
+    """
+    outcome = became(text, "Reshape", "MatMul", "Add", "Reshape", step=MATMUL)
+    shapes = {name: w.shape for name, w in values(outcome.proto).items()}
+    assert (shapes["b"], shapes["y.bias"]) == ((6,), (6, 1))
+
+
 def test_auto_pad_pads_no_pointwise() -> None:
     text = """
     h (float[N,4,8,8] x) => (float[] y) <float[6,4,1,1] w>
-    { y = Conv<auto_pad="SAME_UPPER", dilations=[2,2]>(x, w) }
-    """.replace(", dilations=[2,2]", "")
+    { y = Conv<auto_pad="SAME_UPPER">(x, w) }
+    """
     became(text, "Reshape", "MatMul", "Reshape", step=MATMUL)
 
 
