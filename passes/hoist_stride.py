@@ -123,7 +123,7 @@ class _Survey:
     def axes(self, conv: gs.Node) -> list[_Axis]:
         """Return the spatial axes of a convolution; none if its kernel is not known."""
         kernel = conv.attrs.get("kernel_shape") or (self._shape(conv.inputs[1]) or ())[2:]
-        if None in kernel:
+        if not kernel or None in kernel:
             return []
         rank, auto_pad = len(kernel), _auto_pad(conv)
         strides = conv.attrs.get("strides") or [1] * rank
@@ -308,8 +308,9 @@ def _rebuilt(region: Sequence[gs.Node], survey: _Survey, names: Names) -> list[g
 def _pick(source: gs.Tensor, output: gs.Tensor, strides: Grid, names: Names) -> gs.Node:
     """Make the node that takes every `strides`-th position.
 
-    In onnxruntime it costs what a depthwise 1×1 convolution does, and less than a Slice with steps,
-    which would leave the blocked layout.
+    In onnxruntime it costs what an AveragePool or a depthwise convolution does, and less than a
+    Slice with steps, which would leave the blocked layout. In that layout −inf becomes the least
+    finite number.
     """
     attrs = {"kernel_shape": [1] * len(strides), "strides": list(strides)}
     return gs.Node("MaxPool", names.node(output.name), attrs, [source], [output])

@@ -288,9 +288,12 @@ def test_a_shared_weight_stays_shared() -> None:
     assert [t.name for t in outcome.proto.graph.initializer] == ["w", "v"]
 
 
-def test_an_unknown_kernel_stays() -> None:
-    text = """net (float[N,3,8,8] x, float[A,B,C,D] w) => (float[N,5,R,S] y) <float[5,4,1,1] v>
-    { a = Conv(x, w)  y = Conv<strides=[2,2]>(a, v) }"""
+@pytest.mark.parametrize("weight", ["Reshape(x, s)", "Neg(w)"])
+@pytest.mark.parametrize("attributes", ["", "<strides=[2,2]>"])
+def test_an_unknown_kernel_stays(weight: str, attributes: str) -> None:
+    text = f"""net (float[N,3,8,8] x, float[A,B,C,D] w, int64[E] s) => (float[N,5,R,S] y)
+    <float[5,4,1,1] v>
+    {{ u = {weight}  a = Conv{attributes}(x, u)  y = Conv<strides=[2,2]>(a, v) }}"""
     assert_skipped(text, HOIST, "the kernel of the Conv that writes 'a' is not known")
 
 
