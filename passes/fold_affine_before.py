@@ -141,8 +141,10 @@ class _Folder:
         rows, columns = target.values.tolist()
         if rows == 0:
             return not node.attrs.get("allowzero", 0)
-        size, *rest = self._shapes.get(node.inputs[0].name, (None,))
-        return rows == size or (None not in rest and columns == prod(n for n in rest if n))
+        shape = self._shapes.get(node.inputs[0].name, ())
+        sizes = [size for size in shape[1:] if size is not None]
+        known = bool(sizes) and len(sizes) == len(shape) - 1
+        return bool(shape) and (rows == shape[0] or (known and columns == prod(sizes)))
 
     @np.errstate(over="ignore", invalid="ignore")  # looked for in `_taken`
     def fold(self, node: gs.Node, tensor: gs.Tensor, region: _Region) -> list[gs.Node] | str:
@@ -172,7 +174,8 @@ class _Folder:
                 new.append(like(old, [data, *inputs[id(old)]], output))
                 continue
             plain = gs.Variable(self._names.tensor(f"{output.name}.plain"), output.dtype)
-            self._shapes[plain.name] = self._shapes.get(output.name, ())
+            if output.name in self._shapes:
+                self._shapes[plain.name] = self._shapes[output.name]
             source[id(output)] = plain
             attrs = dict(old.attrs)
             new.append(

@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 from pwopt.editing import Edit
 from pwopt.model import Model
 from pwopt.passes.fold_affine_before import FoldAffineBefore
-from pwopt.rewriting import Judgement
+from pwopt.rewriting import Context, Judgement
 
 Array = npt.NDArray[Any]
 
@@ -316,6 +316,18 @@ def test_reshapes_that_are_no_rows() -> None:
     {{ {BN}  v = Reshape(t, rows)  y = Gemm(v, w) }}
     """
     assert apply(parse(text), FOLD).events == []
+
+
+def test_rows_of_what_has_no_known_shape() -> None:
+    proto = parse(
+        f"gemm (float[N,4,2,2] x) => (float[] y)"
+        f"<float[16,6] w, int64[2] rows = {{-1, 16}}, {PARAMETERS}>"
+        "{ a = Relu(x)  t = BatchNormalization(a, gamma, beta, mean, var)"
+        "  v = Reshape(t, rows)  y = Gemm(v, w) }"
+    ).proto
+    proto.graph.node[0].domain = "com.example"
+    proto.opset_import.add(domain="com.example", version=1)
+    assert list(FOLD.apply(Model(proto), Context())) == []
 
 
 def test_through_identity_and_dropout() -> None:
