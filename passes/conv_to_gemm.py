@@ -18,8 +18,9 @@ Conditions: Conv of group 1 in 1-D, 2-D or 3-D with a constant floating-point we
 on. The model itself fixes the size of the map, and the only window on it covers it pixel by pixel;
 taps that lie on padding are cut off the weight. Elementwise operators in between are carried
 along. A Flatten, Reshape or Squeeze to [N, K] behind goes, and so does a Reshape or Unsqueeze of
-[N, C·H·W] in front; whoever else reads the map gets it from an Unsqueeze. With `general`: no
-stride, no padding, and a constant bias; the size of the map may be open.
+[N, C·H·W] in front that nobody else reads; who else reads a map behind gets it from an
+Unsqueeze. With `general`: no stride, no padding, and a constant bias; the size of the map may be
+open.
 """
 
 from collections.abc import Iterator, Sequence
@@ -275,6 +276,14 @@ def _is_matrix(tensor: gs.Tensor, columns: int | None, known: dict[str, Shape]) 
     return columns is not None and len(shape) == 2 and shape[1] == columns
 
 
+def _view_of_rows(tensor: gs.Tensor, known: dict[str, Shape]) -> gs.Node | None:
+    """Return the node that makes the map `tensor` of its rows, [N, C·H·W]."""
+    view = producer(tensor)
+    if view is None or not is_op(view, "Reshape", "Unsqueeze"):
+        return None
+    return view if _is_matrix(view.inputs[0], _features(tensor, known), known) else None
+
+
 # -- how it is rewritten ----------------------------------------------------------------------
 
 
@@ -300,8 +309,13 @@ class _Writer:
             y = views[0].outputs[0] if views else self._inner(output, "flat")
             if id(node) in covering:
                 if id(x) not in flat:
-                    flat[id(x)], flatten = self._matrix(x)
-                    new += flatten
+                    view = _view_of_rows(x, self._known)
+                    if view is None or self._leaves(x, region):
+                        flat[id(x)] = self._inner(x, "flat")
+                        new.append(self._node("Flatten", [x], flat[id(x)], axis=1))
+                    else:
+                        flat[id(x)] = view.inputs[0]
+                        old.append(view)
                 inputs = [flat[id(x)], *self._weights(node, covering[id(node)], region)]
                 new.append(gs.Node("Gemm", node.name, {"transB": 1}, inputs, [y]))
             else:
@@ -312,8 +326,7 @@ class _Writer:
                 new.append(gs.Node(node.op, node.name, dict(node.attrs), inputs, [y], node.domain))
             flat[id(output)] = y
             new += [self._node("Identity", [y], view.outputs[0]) for view in views[1:]]
-            ours = {id(other) for other in old}
-            if is_output(self._graph, output) or any(id(r) not in ours for r in output.outputs):
+            if self._leaves(output, old):
                 new.append(self._unsqueeze(y, output, rank))
         return Edit(self._graph, old, new)
 
@@ -348,18 +361,6 @@ class _Writer:
             then("Reshape", y, shape)
         nodes[-1].outputs[0] = output
         return Edit(self._graph, [node], nodes)
-
-    def _matrix(self, x: gs.Tensor) -> tuple[gs.Tensor, list[gs.Node]]:
-        """Return [N, C·H·W] for the map `x`: what it was made of, or a new Flatten of it."""
-        view = producer(x)
-        if (
-            view is not None
-            and is_op(view, "Reshape", "Unsqueeze")
-            and _is_matrix(view.inputs[0], _features(x, self._known), self._known)
-        ):
-            return view.inputs[0], []
-        matrix = self._inner(x, "flat")
-        return matrix, [self._node("Flatten", [x], matrix, axis=1)]
 
     def _weights(self, node: gs.Node, taps: Taps, region: Sequence[gs.Node]) -> list[gs.Tensor]:
         """Return the weight [K, C·H·W] and the bias [K] for a Gemm with transB = 1."""
@@ -400,22 +401,20 @@ class _Writer:
         if key not in self._made:
             values = np.ascontiguousarray(value.values[(..., *taps)]).reshape(shape)
             part = ("weight", "bias")[index - 1] if is_op(node, "Conv") else "operand"
-            if values.size == prod(value.shape) and self._is_free(tensor, readers):
+            is_same = tensor is value and values.size == prod(value.shape)
+            is_taken = any(made.name == tensor.name for _, made in self._made.values())
+            if is_same and not is_taken and not self._leaves(tensor, readers):
                 name = tensor.name
             else:
                 name = self._names.tensor(f"{node.outputs[0].name}.{part}")
             self._made[key] = value, gs.Constant(name, values)
         return self._made[key][1]
 
-    def _is_free(self, tensor: gs.Tensor, readers: Sequence[gs.Node]) -> bool:
-        """Tell whether the name of initialiser `tensor` can go to what takes its place."""
+    def _leaves(self, tensor: gs.Tensor, readers: Sequence[gs.Node]) -> bool:
+        """Tell whether the caller, or another than `readers`, reads `tensor`, or none at all."""
         ours = {id(reader) for reader in readers}
-        return (
-            isinstance(tensor, gs.Constant)
-            and not is_output(self._graph, tensor)
-            and all(id(reader) in ours for reader in tensor.outputs)
-            and all(made.name != tensor.name for _, made in self._made.values())
-        )
+        inside = tensor.outputs and all(id(reader) in ours for reader in tensor.outputs)
+        return is_output(self._graph, tensor) or not inside
 
     def _unsqueeze(self, matrix: gs.Tensor, output: gs.Tensor, rank: int) -> gs.Node:
         """Make the map `output` of its flat twin."""
