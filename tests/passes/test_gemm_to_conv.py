@@ -1,7 +1,6 @@
 """gemm-to-conv: which layers become convolutions, how exactly, what stays for which reason."""
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -125,6 +124,42 @@ def test_a_mean_over_space_that_drops_it(axes: str, opset: int) -> None:
     assert_pass(before, CONVERT, after)
 
 
+def test_axes_behind_a_constant_node_stay() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 18]>
+    g (float[N,4,3,2] x) => (float[N,5] y) <float[5,4] w>
+    {
+      axes = Constant<value = int64[2] {2, 3}>()
+      t = ReduceMean<keepdims=0>(x, axes)
+      y = Gemm<transB=1>(t, w)
+    }
+    """
+    outcome = apply(parse(text), CONVERT)
+    ops = [node.op_type for node in outcome.proto.graph.node]
+    assert ops == ["Constant", "ReduceMean", "Conv", "Flatten"]
+    assert_same_numbers(outcome.model, parse(text))
+
+
+def test_a_computed_shape_that_others_read() -> None:
+    text = """
+    g (float[N,4,3,2] x) => (float[N,5] y, int64[1] rest) <float[24,5] w>
+    {
+      s = Shape(x)  n, c, hw = Split(s, parts)
+      twenty, k = Split(known, halves)
+      rest = Neg(k)  d = Concat<axis=0>(n, twenty)
+      t = Reshape(x, d)  y = Gemm(t, w)
+    }
+    """
+    text = text.replace(
+        "<float[24,5] w>",
+        "<float[24,5] w, int64[3] parts = {1, 1, 2}, int64[2] known = {24, 7},"
+        " int64[2] halves = {1, 1}>",
+    )
+    outcome = apply(parse(text), CONVERT)
+    ops = [node.op_type for node in outcome.proto.graph.node]
+    assert sorted(ops) == ["Conv", "Flatten", "Neg", "Split"]
+    assert_same_numbers(outcome.model, parse(text))
+
+
 def test_a_mean_over_space_of_an_open_size() -> None:
     before = """
     g (float[N,4,H,W] x) => (float[N,5] y) <float[5,4] w>
@@ -224,20 +259,13 @@ def test_matmul_and_add(operands: str, bias: str) -> None:
     {HEADER} <float[24,5] w, {f"float[{bias}]" if bias else "float"} b>
     {{ t = Flatten(x)  m = MatMul(t, w)  y = Add({operands}) }}
     """
-    after = COVERED if bias in ("5", "1,5") else COVERED.replace(" b", " y.bias")
-    after = after.replace("w, b)", "w, y.bias)") if after != COVERED else after
-    if after != COVERED:
-        after = f"""
-        {HEADER} <float[5,4,3,2] w, float[5] y.bias>
-        {{ y.map = Conv<kernel_shape=[3,2]>(x, w, y.bias)  y = Flatten<axis=1>(y.map) }}
-        """
-    assert _sorted(apply(parse(before), CONVERT).proto) == _sorted(parse(after).proto)
-    assert_same_numbers(apply(parse(before), CONVERT).model, parse(before))
-
-
-def _sorted(proto: onnx.ModelProto) -> Any:
-    nodes = [(n.op_type, tuple(n.input), tuple(n.output)) for n in proto.graph.node]
-    return nodes, {t.name: tuple(t.dims) for t in proto.graph.initializer}
+    name = "b" if bias in ("5", "1,5") else "y.bias"
+    after = COVERED.replace("[5] b", f"[5] {name}").replace("w, b)", f"w, {name})")
+    if bias != "5":
+        after = after.replace(
+            f"<float[5] {name}, float[5,4,3,2] w>", f"<float[5,4,3,2] w, float[5] {name}>"
+        )
+    assert_pass(before, CONVERT, after)
 
 
 def test_a_sum_that_differs_from_row_to_row_stays_behind() -> None:
@@ -323,8 +351,8 @@ def test_arithmetic_and_normalization_between_layers() -> None:
     ops = [node.op_type for node in outcome.proto.graph.node]
     old = [node.op_type for node in model.proto.graph.node]
     assert ops == [{"Gemm": "Conv"}.get(op, op) for op in old[1:]] + ["Flatten"]
-    assert values(outcome.proto)["a.operand"].shape == (4, 3, 2)
-    assert values(outcome.proto)["o.operand"].shape == (6, 1, 1)
+    assert values(outcome.proto)["p"].shape == (4, 3, 2)
+    assert values(outcome.proto)["slope"].shape == (6, 1, 1)
     assert_same_numbers(outcome.model, model)
 
 
@@ -357,7 +385,7 @@ def test_rows_that_are_read_elsewhere_get_a_flatten() -> None:
         ("Conv", "y.map"),
         ("Flatten", "y"),
         ("If", "z"),
-    ] or {op for op, _ in nodes} == {"Flatten", "Neg", "Conv", "Relu", "If"}
+    ]
     for condition in (True, False):
         feeds = random_feeds(model) | {"c": np.array(condition)}
         assert_close(run(outcome.model, feeds), run(model, feeds))
@@ -711,9 +739,7 @@ def test_an_unpadded_network_gives_what_its_crops_give(side: int) -> None:
     dense, event = densified(model)
     assert event.data == {"crop": "18×18", "stride": "4×4", "padded": 0}
     assert event.reason == "made fully convolutional: a prediction every 4×4 pixels"
-    ops = [node.op_type for node in dense.proto.graph.node]
     image = _random((2, 3, side, side + 3))
-    assert "Gemm" in ops
     assert {"Gemm", "Flatten"}.isdisjoint(n.op_type for n in dense.to_proto().graph.node)
     assert_close(run(dense, {"images": image}), [crops(model, image, 18, 4)])
 
@@ -731,18 +757,13 @@ def test_a_padded_network_does_not() -> None:
     assert (np.abs(ours - theirs).max(axis=1) > 1e-3).all()
 
 
-NETWORKS: Mapping[str, Mapping[str, Any]] = {
-    "vgg16": {"size": 64, "width": 4, "classes": 5},
-    "resnet50": {"size": 64, "width": 4, "classes": 5},
-    "squeezenet": {},
-}
 LAST_MAPS = {"vgg16": "pool5", "resnet50": "layer4.2.relu"}
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet50"])
 def test_padded_networks_give_the_head_at_every_window_of_the_last_map(name: str) -> None:
     """Whatever the padding does to the features, the head slides over them."""
-    model = Model(BUILDERS[name](**NETWORKS[name]))
+    model = Model(BUILDERS[name](size=64, width=4, classes=5))
     dense, event = densified(model)
     assert event.data["stride"] == "32×32"
     assert event.data["padded"]
@@ -902,6 +923,11 @@ HEAD = "p = GlobalAveragePool(s)  t = Flatten(p)  y = Gemm(t, w)"
             "maps no longer fit together on a larger image",
         ),
         (
+            "g (float[N,4,6,6] x, float[N,4,1,6] z) => (float[N,5] y) <float[4,5] w>"
+            f"{{ s = Mul(x, z) {HEAD} }}",
+            "the inputs differ in size",
+        ),
+        (
             f"{MAP} <float[4,5] w> {{ s = Concat<axis=2>(x, x) {HEAD} }}",
             "Concat 's' does not carry over",
         ),
@@ -1049,7 +1075,9 @@ EXAMPLES = settings(
 @given(model=graphs())
 def test_random_graphs(model: Model) -> None:
     outcome = apply(model, CONVERT)
-    assert_same_numbers(outcome.model, model)
+    for batch in (1, 3):
+        feeds = random_feeds(model, batch=batch)
+        assert_near(run(outcome.model, feeds), run(model, feeds))
     refusing = model.copy()
     list(CONVERT.apply(refusing, Context(judge=refuse)))
     assert refusing.to_proto() == model.proto
@@ -1064,12 +1092,21 @@ def test_random_graphs_dense(model: Model, side: int) -> None:
         assert dense.to_proto() == model.proto
         return
     onnx.checker.check_model(dense.to_proto(), full_check=True)
-    feeds = random_feeds(model)
-    image = feeds["x"]
-    space = image.shape[2:]
-    grown = _random((*image.shape[:2], *[size + side for size in space]))
-    for place in {(0,) * len(space), (side,) * len(space)}:
-        window = tuple(slice(i, i + size) for i, size in zip(place, space, strict=True))
-        expected = run(model, {"x": grown[(..., *window)]})
-        ours = [y[(..., *place)] for y in run(dense, {"x": grown})]
-        assert_close(ours, expected)
+    image = random_feeds(model)["x"]
+    open_ = [
+        axis for axis, size in enumerate(dense.graph.inputs[0].shape) if size in ("D", "H", "W")
+    ]
+    grown = _random(tuple(n + side * (axis in open_) for axis, n in enumerate(image.shape)))
+    predictions = run(dense, {"x": grown})
+    for place in (0, side):
+        crop = grown
+        for axis in open_:
+            crop = crop.take(range(place, place + image.shape[axis]), axis)
+        ours = [y[(..., *[place] * len(open_))] for y in predictions]
+        assert_near(ours, run(model, {"x": crop}))
+
+
+def assert_near(actual: list[Array], expected: list[Array]) -> None:
+    """Compare numbers near 1, of which some may have cancelled out."""
+    for ours, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
