@@ -80,7 +80,7 @@ def replace(graph: gs.Graph, node: gs.Node, replacement: Sequence[gs.Node]) -> N
     node.inputs.clear()
     node.outputs.clear()
     for tensor in inputs:
-        _remove_if_unread(graph, tensor)
+        remove_if_unread(graph, tensor)
 
 
 def set_input(graph: gs.Graph, node: gs.Node, index: int, tensor: gs.Tensor) -> None:
@@ -90,10 +90,11 @@ def set_input(graph: gs.Graph, node: gs.Node, index: int, tensor: gs.Tensor) -> 
         return
     old = node.inputs[index]
     node.inputs[index] = tensor
-    _remove_if_unread(graph, old)
+    remove_if_unread(graph, old)
 
 
-def _remove_if_unread(graph: gs.Graph, tensor: gs.Tensor) -> None:
+def remove_if_unread(graph: gs.Graph, tensor: gs.Tensor) -> None:
+    """Remove the node that writes `tensor` if nobody reads it, and what only that one needed."""
     node = producer(tensor)
     if node is None or any(t.outputs or is_output(graph, t) for t in node.outputs):
         return

@@ -10,13 +10,32 @@ from importlib.metadata import EntryPoint, entry_points
 
 from pwopt.errors import PwoptError
 from pwopt.passes.bottleneck import Bottleneck
+from pwopt.passes.conv_to_gemm import ConvToGemm
 from pwopt.passes.fold_affine import FoldAffine
+from pwopt.passes.fold_affine_before import FoldAffineBefore
+from pwopt.passes.fold_pad import FoldPad
+from pwopt.passes.fuse_siblings import FuseSiblings
+from pwopt.passes.gemm_to_conv import GemmToConv
+from pwopt.passes.hoist_stride import HoistStride
+from pwopt.passes.merge_linear_convs import MergeLinearConvs
+from pwopt.passes.pool_before_pointwise import PoolBeforePointwise
 from pwopt.rewriting import Pass, Pipeline
 from pwopt.spec import parse_pipeline
 
 GROUP = "pwopt.passes"
 
-_BUILT_IN: tuple[type[Pass], ...] = (FoldAffine, Bottleneck)
+_BUILT_IN: tuple[type[Pass], ...] = (
+    FoldAffine,
+    FoldPad,
+    FoldAffineBefore,
+    MergeLinearConvs,
+    PoolBeforePointwise,
+    HoistStride,
+    FuseSiblings,
+    GemmToConv,
+    ConvToGemm,
+    Bottleneck,
+)
 
 
 def passes() -> dict[str, type[Pass]]:

@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
+from pwopt.editing import Edit
 from pwopt.errors import PwoptError
 from pwopt.model import Model
 from pwopt.shapes import InputShapes
@@ -45,14 +46,55 @@ class PassReport:
         return len(self.events) - self.rewrote
 
 
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Whether an edit stays: why, and what was counted or measured."""
+
+    accepted: bool
+    reason: str
+    data: Mapping[str, int | float | str] = field(default_factory=dict)
+
+
+class Judge(Protocol):
+    """Decides whether an edit, just made in `model`, is right and pays."""
+
+    def __call__(self, model: Model, edit: Edit, *, free: bool) -> Judgement:
+        """Judge; the edit is in place before and after. A `free` one need not pay."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What a pass may ask for beyond the model itself.
 
     `shapes` fixes input axes that the model leaves open.
+    `judge` decides on edits that are legal; without one they all stay.
     """
 
     shapes: InputShapes | None = None
+    judge: Judge | None = None
+
+    def settle(
+        self,
+        model: Model,
+        edit: Edit,
+        where: str,
+        reason: str,
+        data: Mapping[str, int | float | str] | None = None,
+        *,
+        free: bool = False,
+    ) -> Event:
+        """Keep `edit` or take it back, as the judge says, and report it as an event.
+
+        Say `free` where it can cost nothing, as of a node that vanishes into the weights of
+        another: then it need only be right.
+        """
+        verdict = self.judge(model, edit, free=free) if self.judge else Judgement(True, "")
+        data = {**(data or {}), **verdict.data}
+        if not verdict.accepted:
+            edit.undo()
+            return Event("skipped", where, verdict.reason, data)
+        edit.settle()
+        return Event("rewrote", where, reason, data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -22,6 +22,14 @@ SEQUENCE = 16
 Shape = tuple[int | None, ...]
 InputShapes = Mapping[str, Sequence[int]]
 """The shapes of inputs by name, as in ``{"images": (1, 3, 224, 224)}``."""
+
+
+class Type(NamedTuple):
+    """Element type, if known, and shape of a tensor; None for an axis that stays open."""
+
+    dtype: np.dtype[Any] | None
+    shape: Shape
+
 
 # Strict inference may fail inside the body of a function operator, as of
 # MeanVarianceNormalization, which is no fault of the model's.
@@ -112,8 +120,13 @@ def infer(model: Model, binding: Binding) -> dict[str, Shape]:
     Raises:
         ModelError: the bound shapes do not go through the model.
     """
+    return {name: kind.shape for name, kind in infer_types(model, binding).items()}
+
+
+def infer_types(model: Model, binding: Binding) -> dict[str, Type]:
+    """Infer the element type and shape of every tensor, as `infer` does."""
     proto = model.skeleton()
-    declared = {i.name: _shape(i) for i in (*proto.graph.value_info, *proto.graph.output)}
+    declared = {i.name: _type(i) for i in (*proto.graph.value_info, *proto.graph.output)}
     del proto.graph.value_info[:]
     # Inference is told about inputs and weights alone; an output may be one of them.
     told = {i.name for i in proto.graph.input} | {t.name for t in proto.graph.initializer}
@@ -131,10 +144,10 @@ def infer(model: Model, binding: Binding) -> dict[str, Shape]:
             raise ModelError(f"{model.name}: {_explain(error, binding)}") from error
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     graph = inferred.graph
-    shapes = {i.name: _shape(i) for i in (*graph.output, *graph.value_info, *graph.input)}
-    shapes |= {t.name: tuple(t.dims) for t in graph.initializer}
-    known = declared | {name: shape for name, shape in shapes.items() if shape is not None}
-    return {name: shape for name, shape in known.items() if shape is not None}
+    types = {i.name: _type(i) for i in (*graph.output, *graph.value_info, *graph.input)}
+    types |= {t.name: Type(dtype(t.data_type), tuple(t.dims)) for t in graph.initializer}
+    known = declared | {name: type_ for name, type_ in types.items() if type_ is not None}
+    return {name: type_ for name, type_ in known.items() if type_ is not None}
 
 
 def _input(model: Model, info: onnx.ValueInfoProto) -> Input:
@@ -185,11 +198,12 @@ def _usual(model: Model, declared: Input, axis: int, batch: int) -> int:
     return IMAGE_SIDE
 
 
-def _shape(info: onnx.ValueInfoProto) -> Shape | None:
+def _type(info: onnx.ValueInfoProto) -> Type | None:
     tensor = info.type.tensor_type
     if not tensor.HasField("shape"):
         return None
-    return tuple(size if isinstance(size, int) else None for size in axes(tensor.shape))
+    shape = tuple(size if isinstance(size, int) else None for size in axes(tensor.shape))
+    return Type(dtype(tensor.elem_type) if tensor.elem_type else None, shape)
 
 
 def _explain(error: Exception, binding: Binding) -> str:

@@ -53,9 +53,16 @@ def test_a_file_or_a_model(tmp_path: Path) -> None:
         pwopt.rewrite(tmp_path / "missing.onnx", bottleneck=16)
 
 
-@pytest.mark.parametrize("options", [{}, {"bottleneck": 8, "pipeline": "fold-affine"}])
-def test_either_a_bottleneck_or_a_pipeline(options: dict[str, object]) -> None:
-    with pytest.raises(SpecError, match="either a bottleneck rank or a pipeline"):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bottleneck": 8, "pipeline": "fold-affine"},
+        {"exact": True, "pipeline": "fold-affine"},
+    ],
+)
+def test_a_wish_or_a_pipeline(options: dict[str, object]) -> None:
+    with pytest.raises(SpecError, match="say what to do"):
         pwopt.rewrite(parse(SQUARE), **options)  # type: ignore[arg-type]
 
 

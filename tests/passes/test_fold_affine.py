@@ -1,5 +1,6 @@
 """fold-affine: what is folded, how exactly, and what is left alone for which reason."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -25,20 +26,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from pwopt.editing import Edit
 from pwopt.model import Model
 from pwopt.passes.fold_affine import FoldAffine
-from pwopt.rewriting import Context
+from pwopt.rewriting import Context, Judgement
 
 Array = npt.NDArray[Any]
 
 FOLD = FoldAffine()
 
+CI = bool(os.environ.get("CI"))
+
 HEADER = "conv (float[N,4,7,7] x) => (float[N,6,5,5] y)"
+
+BN = "BatchNormalization(t, gamma, beta, mean, var)"
+
+PARAMETERS = "float[6] gamma, float[6] beta, float[6] mean, float[6] var"
 
 FOLDED = f"""
 {HEADER}
 <float[6,4,3,3] w, float[6] t.bias>
 {{ y = Conv(x, w, t.bias) }}
+"""
+
+SCALED = f"""
+{HEADER}
+<float[6,4,3,3] w>
+{{ y = Conv(x, w) }}
 """
 
 
@@ -82,13 +96,13 @@ def test_batch_normalization_without_a_bias() -> None:
 
 def test_an_empty_bias_is_none() -> None:
     before = parse(
-        f"{HEADER} <float[6,4,3,3] w, float[6,1,1] s> {{ t = Conv(x, w) y = Mul(t, s) }}"
+        f"{HEADER} <float[6,4,3,3] w, float[6,1,1] s> {{ t = Conv(x, w) y = Add(t, s) }}"
     )
     before.proto.graph.node[0].input.append("")
     assert folded(before).proto.graph.node[0].input == ["x", "w", "t.bias"]
 
 
-@pytest.mark.parametrize("op", ["Mul", "Add"])
+@pytest.mark.parametrize("op", ["Mul", "Add", "Sub", "Div"])
 @pytest.mark.parametrize("shape", ["", "1", "1,1", "6,1,1", "1,6,1,1", "1,1,1", "1,1,1,1"])
 @pytest.mark.parametrize("operands", ["t, s", "s, t"])
 def test_arithmetic_along_the_channels(op: str, shape: str, operands: str) -> None:
@@ -98,7 +112,10 @@ def test_arithmetic_along_the_channels(op: str, shape: str, operands: str) -> No
     <float[6,4,3,3] w, {operand} s>
     {{ t = Conv(x, w)  y = {op}({operands}) }}
     """
-    assert_pass(before, FOLD, FOLDED)
+    if (op, operands) == ("Div", "s, t"):
+        assert_skipped(before, FOLD, "Div divides by what is not constant")
+        return
+    assert_pass(before, FOLD, SCALED if op in ("Mul", "Div") else FOLDED)
 
 
 @pytest.mark.parametrize("op", ["Mul", "Add"])
@@ -305,7 +322,7 @@ def test_gemm(trans_a: int, trans_b: int, bias: str | None, op: str) -> None:
     outcome = folded(parse(text))
     (node,) = outcome.proto.graph.node
     assert {a.name for a in node.attribute} == {"alpha", "transA", "transB"}
-    assert values(outcome.proto)[node.input[2]].shape == (6,)
+    assert [values(outcome.proto)[name].shape for name in node.input[2:]] in ([], [(6,)])
 
 
 @pytest.mark.parametrize("shape", ["3,6", "3,1"])
@@ -330,6 +347,260 @@ def test_a_gemm_that_reads_one_tensor_twice() -> None:
     { t = Gemm(x, w, w)  y = Mul(t, s) }
     """
     folded(parse(text))
+
+
+# -- behind a ConvTranspose -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize("bias", ["", "b"])
+@pytest.mark.parametrize(
+    "attributes", ["pads=[1,0,0,1]", "output_padding=[1,0]", "dilations=[2,1]"]
+)
+def test_conv_transpose(group: int, bias: str, attributes: str) -> None:
+    text = f"""
+    deconv (float[N,6,5,5] x) => (float[] y)
+    <float[6,{12 // group},3,3] w, float[12] b, float[12,1,1] s, float[12] gamma, float[12] beta,
+     float[12] mean, float[12] var>
+    {{
+      t = ConvTranspose<group={group}, strides=[2,2], {attributes}>(x, w, {bias})
+      u = Div(t, s)
+      y = BatchNormalization(u, gamma, beta, mean, var)
+    }}
+    """
+    if not bias:
+        text = text.replace(", )", ")").replace("float[12] b, ", "")
+    outcome = folded(parse(text))
+    assert [node.op_type for node in outcome.proto.graph.node] == ["ConvTranspose"]
+
+
+# -- behind a MatMul --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["N,4", "N,3,4", "2,N,3,4"])
+def test_a_scale_folds_into_a_matmul(shape: str) -> None:
+    before = f"""
+    m (float[{shape}] x) => (float[] y) <float[4,6] w, float[6] s>
+    {{ t = MatMul(x, w)  y = Mul(s, t) }}
+    """
+    after = f"m (float[{shape}] x) => (float[] y) <float[4,6] w> {{ y = MatMul(x, w) }}"
+    assert_pass(before, FOLD, after)
+
+
+@pytest.mark.parametrize("op", ["Add(t, s)", "Sub(t, s)", "Sub(s, t)", "Add(t, x)"])
+def test_a_shift_is_a_matmuls_bias_already(op: str) -> None:
+    text = "m (float[N,6] x) => (float[] y) <float[6,6] w, float[6] s>"
+    text = text if "s" in op else text.replace(", float[6] s", "")
+    assert apply(parse(f"{text} {{ t = MatMul(x, w)  y = {op} }}"), FOLD).events == []
+
+
+@pytest.mark.parametrize("last", ["Mul(u, s)", "Add(s, u)", "Sub(s, u)", "Div(u, s)"])
+@pytest.mark.parametrize("first", ["Add(t, b)", "Sub(t, b)", "Sub(b, t)"])
+def test_a_matmul_with_a_bias(first: str, last: str) -> None:
+    before = f"""
+    m (float[N,3,4] x) => (float[] y) <float[4,6] w, float[1,6] b, float[6] s>
+    {{ t = MatMul(x, w)  u = {first}  y = {last} }}
+    """
+    after = """
+    m (float[N,3,4] x) => (float[] y) <float[4,6] w, float[6] b>
+    { y.product = MatMul(x, w)  y = Add(y.product, b) }
+    """
+    assert_pass(before, FOLD, after)
+
+
+def test_batch_normalization_behind_a_matmul() -> None:
+    before = f"""
+    m (float[N,4] x) => (float[] y) <float[4,6] w, {PARAMETERS}>
+    {{ t = MatMul(x, w)  y = {BN} }}
+    """
+    after = """
+    m (float[N,4] x) => (float[] y) <float[4,6] w, float[6] t.bias>
+    { y.product = MatMul(x, w)  y = Add(y.product, t.bias) }
+    """
+    assert_pass(before, FOLD, after)
+
+
+def test_a_chain_behind_a_matmul() -> None:
+    outcome = folded(
+        parse(f"""
+        m (float[N,4] x) => (float[] y)
+        <float[4,6] w, float[6] a, float[6] b, float[1,1] c, {PARAMETERS}>
+        {{
+          r = MatMul(x, w)
+          s = Mul(r, a)
+          i = Identity(s)
+          v = Add(b, i)
+          t = Mul(v, c)
+          y = {BN}
+        }}
+        """)
+    )
+    assert outcome.rewrote == ["s", "t", "y"]
+    assert [node.op_type for node in outcome.proto.graph.node] == ["MatMul", "Add"]
+
+
+@pytest.mark.parametrize(
+    ("declared", "nodes", "reason"),
+    [
+        (
+            "float[N,6,4] x) => (float[] y) <float[4,6] w",
+            f"t = MatMul(x, w)  y = {BN}",
+            "BatchNormalization normalises another axis",
+        ),
+        (
+            "float[N,4] x) => (float[] y) <float[4,6] w, float[1,1,6] s",
+            "t = MatMul(x, w)  y = Mul(t, s)",
+            "the operand of Mul varies along more than the channels",
+        ),
+        (
+            "float[6,4] x) => (float[] y) <float[4,6] w, float[6,1] s",
+            "t = MatMul(x, w)  y = Mul(t, s)",
+            "the operand of Mul varies along more than the channels",
+        ),
+        (
+            "float[6,4] x) => (float[] y) <float[4,6] w, float[6,1] b, float[6] s",
+            "t = MatMul(x, w)  u = Add(t, b)  y = Mul(u, s)",
+            "the operand of Add varies along more than the channels",
+        ),
+        (
+            "float[N,4] x, float[N,6] r) => (float[] y) <float[4,6] w, float[6] s",
+            "t = MatMul(x, w)  u = Add(t, r)  y = Mul(u, s)",
+            "the other operand of Add is not a constant",
+        ),
+        (
+            "float[4,6] x) => (float[] y) <float[4,4] w, float[6] s",
+            "t = MatMul(w, x)  y = Mul(t, s)",
+            "the MatMul's weight is not a constant",
+        ),
+        (
+            "float[2,3,4] x) => (float[] y) <float[2,4,6] w, float[6] s",
+            "t = MatMul(x, w)  y = Mul(t, s)",
+            "the MatMul's weight is not a matrix",
+        ),
+        (
+            "float[N,4] x) => (float[] y) <float[4] w, float s",
+            "t = MatMul(x, w)  y = Mul(t, s)",
+            "the MatMul's weight is not a matrix",
+        ),
+        (
+            "float[N,4] x) => (float[] y, float[] t) <float[4,6] w, float[6] b, float[6] s",
+            "t = MatMul(x, w)  u = Add(t, b)  y = Mul(u, s)",
+            "the MatMul's output is read elsewhere too",
+        ),
+    ],
+)
+def test_matmuls_that_stay(declared: str, nodes: str, reason: str) -> None:
+    parameters = f", {PARAMETERS}" if BN in nodes else ""
+    assert_skipped(f"m ({declared}{parameters}> {{ {nodes} }}", FOLD, reason)
+
+
+# -- past Identity and Dropout ----------------------------------------------------------------
+
+
+def test_identity_and_dropout() -> None:
+    before = f"""
+    {HEADER} <float[6,4,3,3] w, float[6] b, float[6,1,1] s, float r = {{0.5}}, bool no = {{0}}>
+    {{
+      t = Conv(x, w, b)
+      u = Identity(t)
+      v = Dropout(u, r, no)
+      z = Dropout(v)
+      y = Mul(z, s)
+    }}
+    """
+    assert_pass(before, FOLD, f"{HEADER} <float[6,4,3,3] w, float[6] b> {{ y = Conv(x, w, b) }}")
+
+
+def test_dropout_in_training() -> None:
+    text = f"""
+    {HEADER} <float[6,4,3,3] w, float r = {{0.5}}, bool yes = {{1}}, {PARAMETERS}>
+    {{ s = Conv(x, w)  t = Dropout(s, r, yes)  y = {BN} }}
+    """
+    assert_skipped(text, FOLD, "reads Dropout, not a layer with a weight")
+
+
+def test_dropout_that_may_be_in_training() -> None:
+    text = f"""
+    conv (float[N,4,7,7] x, bool c) => (float[N,6,5,5] y)
+    <float[6,4,3,3] w, float r = {{0.5}}, {PARAMETERS}>
+    {{ s = Conv(x, w)  t = Dropout(s, r, c)  y = {BN} }}
+    """
+    assert_skipped(text, FOLD, "reads Dropout, not a layer with a weight")
+
+
+@pytest.mark.parametrize(("attributes", "folds"), [("<is_test=1>", True), ("", False)])
+def test_before_opset_7_dropout_trains_unless_told(attributes: str, folds: bool) -> None:
+    text = OPSET_6.replace(
+        "y = BatchNormalization<is_test=1>(t", f"u = Dropout{attributes}(t)  y = BN(u"
+    ).replace("BN(", "BatchNormalization<is_test=1>(")
+    assert bool(apply(listed(text), FOLD).rewrote) == folds
+
+
+def test_a_mask_that_is_read() -> None:
+    text = f"""
+    conv (float[N,4,7,7] x) => (float[N,6,5,5] y, bool[] m) <float[6,4,3,3] w, {PARAMETERS}>
+    {{ s = Conv(x, w)  t, m = Dropout(s)  y = {BN} }}
+    """
+    assert_skipped(text, FOLD, "reads Dropout, not a layer with a weight")
+
+
+def test_an_output_behind_the_identity() -> None:
+    text = """
+    conv (float[N,4,7,7] x) => (float[N,6,5,5] y, float[N,6,5,5] u)
+    <float[6,4,3,3] w, float[6,1,1] s> { t = Conv(x, w)  u = Identity(t)  y = Mul(u, s) }
+    """
+    assert_skipped(text, FOLD, "the Conv's output is read elsewhere too")
+
+
+# -- constants as exporters leave them --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "s = Identity(p)",
+        "a = Constant<value_ints = [1, 2]>()  s = Unsqueeze(q, a)",
+        "a = Constant<value_ints = [-1, 1, 1]>()  s = Reshape(q, a)",
+        "a = Constant<value_ints = [1, 6, 1, 1]>()  s = Expand(p, a)",
+        "a = Constant<value_ints = [6, 1, 1]>()  b = Identity(one)  s = Expand(b, a)",
+        "b = Constant<value_float = 2.5>()  s = Identity(b)",
+        "b = Constant<value_floats = [2.5]>()  s = Squeeze(b)",
+        "b = Constant<value_int = 3>()  s = CastLike(b, t)",
+        "b = Constant<value_int = 3>()  s = Cast<to = 1>(b)",
+        "a = Transpose<perm = [1, 0, 2]>(r)  s = Identity(a)",
+    ],
+)
+@pytest.mark.parametrize("op", ["Mul", "Sub"])
+def test_computed_constants(nodes: str, op: str) -> None:
+    text = f"""
+    {HEADER} <float[6,4,3,3] w, float[6] c, float[6,1,1] p, float[6] q, float[1,6,1] r,
+     float one>
+    {{ t = Conv(x, w, c)  {nodes}  y = {op}(t, s) }}
+    """
+    outcome = folded(parse(text))
+    assert [node.op_type for node in outcome.proto.graph.node] == ["Conv"]
+
+
+def test_computed_weights() -> None:
+    text = """
+    m (float[N,4] x) => (float[] y) <float[6,4] w, float[6] b, float[6] s>
+    {
+      v = Transpose(w)
+      c = Identity(b)
+      t = Gemm(x, v, c)
+      y = Mul(t, s)
+    }
+    """
+    (node,) = folded(parse(text)).proto.graph.node
+    assert node.op_type == "Gemm"
+
+
+def test_what_a_constant_is_not_computed_from() -> None:
+    text = f"""
+    {HEADER} <float[6,4,3,3] w, float[6,1,1] s>
+    {{ t = Conv(x, w)  u = Exp(s)  y = Mul(t, u) }}
+    """
+    assert_skipped(text, FOLD, "the other operand of Mul is not a constant")
 
 
 # -- weights in all places --------------------------------------------------------------------
@@ -396,10 +667,50 @@ def test_constant_nodes() -> None:
     assert bias.tolist() == [5 * 11 + 17, 7 * 13 + 17]
 
 
-# -- what is left alone -----------------------------------------------------------------------
+def test_layers_that_share_a_weight_go_on_sharing() -> None:
+    before = """
+    shared (float[N,4,7,7] x) => (float[] y, float[] z, float[] a)
+    <float[6,4,3,3] w, float[6,1,1] s, float[6,1,1] r>
+    {
+      t = Conv(x, w)
+      u = Conv<strides=[2,2]>(x, w)
+      v = Conv(x, w)
+      y = Mul(t, s)
+      z = Mul(u, s)
+      a = Mul(v, r)
+    }
+    """
+    after = """
+    shared (float[N,4,7,7] x) => (float[] y, float[] z, float[] a)
+    <float[6,4,3,3] t.weight, float[6,4,3,3] w>
+    {
+      y = Conv(x, t.weight)
+      z = Conv<strides=[2,2]>(x, t.weight)
+      a = Conv(x, w)
+    }
+    """
+    assert_pass(before, FOLD, after)
 
-BN = "BatchNormalization(t, gamma, beta, mean, var)"
-PARAMETERS = "float[6] gamma, float[6] beta, float[6] mean, float[6] var"
+
+def test_a_shift_leaves_the_weight_alone() -> None:
+    text = f"{HEADER} <float[6,4,3,3] w, float[6,1,1] s> {{ t = Conv(x, w) y = Sub(t, s) }}"
+    model = parse(text)
+    after = folded(model).proto
+    assert after.graph.initializer[0] == model.proto.graph.initializer[0]
+
+
+def test_what_the_judge_refuses_stays() -> None:
+    def refuse(model: Model, edit: Edit, *, free: bool) -> Judgement:
+        assert len(model.graph.nodes) == 2
+        return Judgement(False, "does not pay", {"ratio": 0.9})
+
+    outcome = apply(parse(SHARED), FOLD, judge=refuse)
+    (event,) = outcome.events
+    assert (event.kind, event.reason) == ("skipped", "does not pay")
+    assert event.data == {"op": "Mul", "ratio": 0.9}
+
+
+# -- what is left alone -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -433,16 +744,11 @@ PARAMETERS = "float[6] gamma, float[6] beta, float[6] mean, float[6] var"
         (
             f"conv (float[N,6,7,7] x) => (float[N,6,7,7] y) <{PARAMETERS}>"
             f"{{ t = Relu(x)  y = {BN} }}",
-            "reads Relu, not a Conv or Gemm",
+            "reads Relu, not a layer with a weight",
         ),
         (
             f"conv (float[N,6,7,7] t) => (float[N,6,7,7] y) <{PARAMETERS}> {{ y = {BN} }}",
-            "reads an input, not a Conv or Gemm",
-        ),
-        (
-            f"conv (float[N,4,7,7] x) => (float[] y) <float[4,6,3,3] w, {PARAMETERS}>"
-            f"{{ t = ConvTranspose(x, w)  y = {BN} }}",
-            "reads ConvTranspose, not a Conv or Gemm",
+            "reads an input, not a layer with a weight",
         ),
         (
             f"{HEADER} <int8[6,4,3,3] q, float scale, float[6,1,1] s>"
@@ -589,7 +895,7 @@ def test_operators_of_another_domain_are_no_sites() -> None:
     assert list(FOLD.apply(model, Context())) == []
 
 
-def test_the_layer_keeps_its_name_and_notes() -> None:
+def test_the_layer_keeps_its_name_and_others_their_notes() -> None:
     text = f"""
     {HEADER}
     <float[6,4,3,3] w, float[6] b, float[6,1,1] s, float[N,6,5,5] t, float[N,6,5,5] u>
@@ -598,12 +904,10 @@ def test_the_layer_keeps_its_name_and_notes() -> None:
     model = parse(text)
     layer, _, relu = model.proto.graph.node
     layer.name, relu.name = "stem", "act"
-    layer.doc_string = relu.doc_string = "a note"
-    layer.metadata_props.add(key="scope", value="net.0")
+    relu.doc_string = "a note"
+    relu.metadata_props.add(key="scope", value="net.0")
     graph = folded(model).proto.graph
     assert [node.name for node in graph.node] == ["stem", "act"]
-    assert graph.node[0].doc_string == "a note"
-    assert graph.node[0].metadata_props == layer.metadata_props
     assert graph.node[1] == relu
     assert [info.name for info in graph.value_info] == ["u"]
 
@@ -635,28 +939,36 @@ def test_pretrained_networks(name: str, sites: int) -> None:
 
 @st.composite
 def graphs(draw: st.DrawFn) -> Model:
-    """Draw a Conv or Gemm with a chain of arithmetic behind it, and readers in the middle."""
+    """Draw a layer with a chain of arithmetic behind it, and readers in the middle."""
     rng = np.random.default_rng(draw(st.integers(0, 9)))
-    shapes, layer, shape = draw(st.one_of(convs(), gemms()))
+    shapes, layer, shape = draw(st.one_of(convs(), transposed(), gemms(), matmuls()))
     x = shapes.pop("x")
     weights = {name: random_weight(rng, name, dims) for name, dims in shapes.items()}
     nodes, outputs, tensor = [layer], [], "t0"
+    operators = ["Mul", "Add", "Sub", "Div", "BatchNormalization", "Identity", "Dropout"]
     for i in range(1, draw(st.integers(1, 3)) + 1):
-        op = draw(st.sampled_from(["Mul", "Add", "BatchNormalization"]))
+        op = draw(st.sampled_from(operators))
         if op == "BatchNormalization":
             operands = [f"{name}{i}" for name in ("gamma", "beta", "mean", "var")]
             weights |= {name: random_weight(rng, name, shape[1:2]) for name in operands}
             inputs = [tensor, *operands]
+        elif op in ("Identity", "Dropout"):
+            inputs = [tensor]
         else:
             name = draw(st.sampled_from([f"s{i}", *(n for n in weights if n.startswith("s"))]))
             if name not in weights:
-                along = draw(st.sampled_from([(), (0,), (1,), (1,), (1,), (len(shape) - 1,)]))
+                last = len(shape) - 1
+                along = draw(st.sampled_from([(), (0,), (1,), (1,), (1,), (last,), (last,)]))
                 dims = [size if axis in along else 1 for axis, size in enumerate(shape)]
                 start = draw(st.integers(0, min(along, default=len(shape))))
                 weights[name] = rng.uniform(0.5, 2.0, dims[start:])
-            inputs = draw(st.permutations([tensor, name]))
+            operand = name
+            if draw(st.booleans()):
+                operand = f"{name}.{i}"
+                nodes.append(helper.make_node("Identity", [name], [operand]))
+            inputs = draw(st.permutations([tensor, operand]))
         nodes.append(helper.make_node(op, inputs, [f"t{i}"]))
-        reader = draw(st.sampled_from([None, None, None, "output", "Relu", "twin"]))
+        reader = draw(st.sampled_from([None, None, None, None, "output", "Relu", "twin"]))
         if reader == "output":
             outputs.append(tensor)
         elif reader == "Relu":
@@ -697,6 +1009,24 @@ def convs(draw: st.DrawFn) -> Layer:
 
 
 @st.composite
+def transposed(draw: st.DrawFn) -> Layer:
+    group, wide = draw(st.sampled_from([1, 2])), draw(st.sampled_from([2, 4]))
+    shapes = {"x": [2, 4, 3, 2], "w": [4, wide // group, 2, 2]}
+    if draw(st.booleans()):
+        shapes["b"] = [wide]
+    inputs = [name for name in ("x", "w", "b") if name in shapes]
+    node = helper.make_node("ConvTranspose", inputs, ["t0"], group=group, strides=[1, 2])
+    return shapes, node, [2, wide, 4, 4]
+
+
+@st.composite
+def matmuls(draw: st.DrawFn) -> Layer:
+    leading = draw(st.sampled_from([[4], [2], [2, 4], [3, 2]]))
+    shapes = {"x": [*leading, 3], "w": [3, 4]}
+    return shapes, helper.make_node("MatMul", ["x", "w"], ["t0"]), [*leading, 4]
+
+
+@st.composite
 def gemms(draw: st.DrawFn) -> Layer:
     rows, columns = draw(st.sampled_from([2, 4])), draw(st.sampled_from([1, 4]))
     a, b = draw(st.booleans()), draw(st.booleans())
@@ -711,12 +1041,13 @@ def gemms(draw: st.DrawFn) -> Layer:
     return shapes, node, [rows, columns]
 
 
-@settings(max_examples=150)
+@settings(max_examples=2000 if CI else 150, derandomize=CI, deadline=None)
 @given(model=graphs())
 def test_random_graphs(model: Model) -> None:
     outcome = apply(model, FOLD)
     assert_same_numbers(outcome.model, model)
-    assert len(outcome.proto.graph.node) == len(model.proto.graph.node) - len(outcome.rewrote)
+    assert len(outcome.proto.graph.node) <= len(model.proto.graph.node)
+    apply(model, FOLD, judge=lambda model, edit, free: Judgement(False, "does not pay"))
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float16", 1e-4), ("float", 1e-25)])
