@@ -1,1 +1,1 @@
-"""The passes, one a file. `pwopt.registry` lists them."""
+"""The passes, one a file; `_*.py` are parts of some. `pwopt.registry` lists them."""

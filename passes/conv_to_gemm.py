@@ -33,25 +33,25 @@ import onnx_graphsurgeon as gs
 
 from pwopt import shapes
 from pwopt.editing import Edit
-from pwopt.graph import Names, constant, is_op, is_output, producer
+from pwopt.graph import (
+    Names,
+    constant,
+    is_op,
+    known_constant,
+    leaves,
+    like,
+    optional_input,
+    producer,
+)
 from pwopt.model import Model
+from pwopt.operators import BINARY, BROADCASTING, UNARY, auto_pad, float_weight, is_same
 from pwopt.rewriting import Context, Event, Pass
 from pwopt.shapes import Binding, Shape
 
+from ._reshaping import Reshaping
+
 Taps = tuple[slice, ...]
 """The part of a kernel that lies on the input, one slice per spatial axis."""
-
-FLOATS = ("float16", "float32", "float64")
-
-UNARY = (
-    *("Abs", "Celu", "Clip", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish"),
-    *("Identity", "LeakyRelu", "Log", "Mish", "Neg", "Reciprocal", "Relu", "Selu", "Sigmoid"),
-    *("Softplus", "Softsign", "Sqrt", "Tanh", "ThresholdedRelu"),
-)
-"""Elementwise in their first input; any others are scalars."""
-
-BROADCASTING = ("Add", "Sub", "Mul", "Div", "Max", "Min", "Pow", "PRelu")
-"""Elementwise in all inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +137,9 @@ def _attribute(node: gs.Node, name: str, axis: int, default: int) -> int:
 
 def _begin(node: gs.Node, axis: int, excess: int) -> int:
     """Return the padding in front, where the one window is `excess` longer than the input."""
-    auto_pad = node.attrs.get("auto_pad", "NOTSET")
-    if auto_pad == "NOTSET":
-        return _attribute(node, "pads", axis, 0)
-    if auto_pad == "VALID":
-        return 0
-    return (max(excess, 0) + int(auto_pad == "SAME_LOWER")) // 2
+    if is_same(node):
+        return (max(excess, 0) + int(auto_pad(node) == "SAME_LOWER")) // 2
+    return 0 if auto_pad(node) == "VALID" else _attribute(node, "pads", axis, 0)
 
 
 def _why_no_product(graph: gs.Graph, node: gs.Node) -> str | None:
@@ -151,33 +148,20 @@ def _why_no_product(graph: gs.Graph, node: gs.Node) -> str | None:
         return "before opset 7, operands are broadcast by other rules"
     if node.attrs.get("group", 1) != 1:
         return f"it has {node.attrs['group']} groups"
-    weight = constant(node.inputs[1])
-    if weight is None:
-        return "the Conv's weight is not a constant"
-    if weight.dtype.name not in FLOATS:
-        return f"the Conv's weight is {weight.dtype.name}"
-    return None
+    weight = float_weight(node)
+    return weight if isinstance(weight, str) else None
 
 
 def _why_no_matmul(node: gs.Node) -> str | None:
     """Say why a 1×1 convolution of group 1 is no product at every position of its input."""
     if max(node.attrs.get("strides", (1,))) > 1:
         return "its stride leaves pixels out"
-    if node.attrs.get("auto_pad", "NOTSET") == "NOTSET" and any(node.attrs.get("pads", ())):
+    if auto_pad(node) == "NOTSET" and any(node.attrs.get("pads", ())):
         return "it is padded"
-    if _has_bias(node) and constant(node.inputs[2]) is None:
+    bias = optional_input(node, 2)
+    if bias is not None and constant(bias) is None:
         return "the Conv's bias is not a constant"
     return None
-
-
-def _weight(node: gs.Node) -> gs.Constant:
-    weight = constant(node.inputs[1])
-    assert weight is not None  # `_why_no_product` has looked
-    return weight
-
-
-def _has_bias(node: gs.Node) -> bool:
-    return len(node.inputs) > 2 and not node.inputs[2].is_empty()
 
 
 # -- what is rewritten together ---------------------------------------------------------------
@@ -228,9 +212,9 @@ def _is_elementwise(graph: gs.Graph, node: gs.Node, ranks: dict[int, int]) -> bo
         return False
     if is_op(node, "BatchNormalization"):  # takes matrices from opset 9 on
         return bool(graph.opset >= 9) and id(node.inputs[0]) in ranks
-    if is_op(node, *UNARY):
+    if is_op(node, *UNARY, "Dropout"):
         return id(node.inputs[0]) in ranks
-    if not is_op(node, *BROADCASTING):
+    if not is_op(node, *(BROADCASTING if graph.opset >= 8 else BINARY)):
         return False
     maps = {ranks[id(tensor)] for tensor in node.inputs if id(tensor) in ranks}
     others = [tensor for tensor in node.inputs if id(tensor) not in ranks]
@@ -294,8 +278,8 @@ class _Writer:
         self._graph = model.graph
         self._known = known
         self._names = Names(model)
-        # Beside what each was made of, which thereby stays alive, and its id its own.
-        self._made: dict[tuple[Any, ...], tuple[gs.Constant | None, gs.Constant]] = {}
+        self._reshaping = Reshaping(self._graph, self._names)
+        self._lists: dict[tuple[int, ...], gs.Constant] = {}
 
     def flattened(self, region: Sequence[gs.Node], covering: dict[int, Taps]) -> Edit:
         """Put matrices in the place of the maps of a region, and maps where others read them."""
@@ -323,7 +307,7 @@ class _Writer:
                     flat[id(t)] if id(t) in flat else self._operand(node, i, region)
                     for i, t in enumerate(node.inputs)
                 ]
-                new.append(gs.Node(node.op, node.name, dict(node.attrs), inputs, [y], node.domain))
+                new.append(like(node, inputs, y))
             flat[id(output)] = y
             new += [self._node("Identity", [y], view.outputs[0]) for view in views[1:]]
             if self._leaves(output, old):
@@ -333,7 +317,7 @@ class _Writer:
     def multiplied(self, node: gs.Node) -> Edit:
         """Put a MatMul over [N, C, pixels] in the place of a 1×1 convolution."""
         x, output = node.inputs[0], node.outputs[0]
-        channels, depth, *kernel = _weight(node).shape
+        channels, depth, *kernel = known_constant(node.inputs[1]).shape
         nodes: list[gs.Node] = []
 
         def then(op: str, *inputs: gs.Tensor, **attrs: int) -> gs.Tensor:
@@ -346,7 +330,7 @@ class _Writer:
         weight = self._derived(node, 1, (), (channels, depth), [node])
         is_row = len(kernel) == 1  # [N, C, L] is what MatMul wants
         y = then("MatMul", weight, x if is_row else then("Reshape", x, integers(0, depth, -1)))
-        if _has_bias(node):
+        if optional_input(node, 2) is not None:
             y = then("Add", y, self._derived(node, 2, (), (channels, 1), [node]))
         if not is_row:
             size = self._known.get(output.name, (None,) * (len(kernel) + 2))[2:]
@@ -364,11 +348,12 @@ class _Writer:
 
     def _weights(self, node: gs.Node, taps: Taps, region: Sequence[gs.Node]) -> list[gs.Tensor]:
         """Return the weight [K, C·H·W] and the bias [K] for a Gemm with transB = 1."""
-        channels, depth = _weight(node).shape[:2]
+        channels, depth = known_constant(node.inputs[1]).shape[:2]
         columns = depth * prod(tap.stop - tap.start for tap in taps)
         weight = self._derived(node, 1, taps, (channels, columns), region)
-        if _has_bias(node):
-            return [weight, node.inputs[2]]
+        bias = optional_input(node, 2)
+        if bias is not None:
+            return [weight, bias]
         if self._graph.opset >= 11:
             return [weight]
         zeros = np.zeros(channels, weight.dtype)
@@ -390,31 +375,15 @@ class _Writer:
         shape: tuple[int, ...],
         readers: Sequence[gs.Node],
     ) -> gs.Constant:
-        """Return the constant input `index` of `node`, cut to `taps` and reshaped.
-
-        It keeps its name if it has all its values and nobody but `readers` needs the old one.
-        """
+        """Return the constant input `index` of `node`, cut to `taps` and reshaped."""
         tensor = node.inputs[index]
-        value = constant(tensor)
-        assert value is not None
-        key = (id(value), shape, *((tap.start, tap.stop) for tap in taps))
-        if key not in self._made:
-            values = np.ascontiguousarray(value.values[(..., *taps)]).reshape(shape)
-            part = ("weight", "bias")[index - 1] if is_op(node, "Conv") else "operand"
-            is_same = tensor is value and values.size == prod(value.shape)
-            is_taken = any(made.name == tensor.name for _, made in self._made.values())
-            if is_same and not is_taken and not self._leaves(tensor, readers):
-                name = tensor.name
-            else:
-                name = self._names.tensor(f"{node.outputs[0].name}.{part}")
-            self._made[key] = value, gs.Constant(name, values)
-        return self._made[key][1]
+        values = np.ascontiguousarray(known_constant(tensor).values[(..., *taps)]).reshape(shape)
+        part = ("weight", "bias")[index - 1] if is_op(node, "Conv") else "operand"
+        return self._reshaping.make(tensor, values, f"{node.outputs[0].name}.{part}", readers)
 
     def _leaves(self, tensor: gs.Tensor, readers: Sequence[gs.Node]) -> bool:
         """Tell whether the caller, or another than `readers`, reads `tensor`, or none at all."""
-        ours = {id(reader) for reader in readers}
-        inside = tensor.outputs and all(id(reader) in ours for reader in tensor.outputs)
-        return is_output(self._graph, tensor) or not inside
+        return not tensor.outputs or leaves(self._graph, tensor, readers)
 
     def _unsqueeze(self, matrix: gs.Tensor, output: gs.Tensor, rank: int) -> gs.Node:
         """Make the map `output` of its flat twin."""
@@ -427,10 +396,9 @@ class _Writer:
 
     def _integers(self, name: str, values: tuple[int, ...]) -> gs.Constant:
         """Return a shape or axes: one initialiser for all that want the same values."""
-        if values not in self._made:
-            made = gs.Constant(self._names.tensor(name), np.array(values, np.int64))
-            self._made[values] = None, made
-        return self._made[values][1]
+        if values not in self._lists:
+            self._lists[values] = gs.Constant(self._names.tensor(name), np.array(values, np.int64))
+        return self._lists[values]
 
     def _inner(self, near: gs.Tensor, what: str) -> gs.Variable:
         return gs.Variable(self._names.tensor(f"{near.name}.{what}"), near.dtype)

@@ -24,22 +24,20 @@ Weights that others read stay as they are beside the new ones.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from pwopt import shapes
-from pwopt.affine import OPERATORS, Affine, affine, gives_on
-from pwopt.constants import constant_value
+from pwopt.affine import OPERATORS, Affine, affine
+from pwopt.constants import Array
 from pwopt.editing import Edit
-from pwopt.errors import ModelError
-from pwopt.graph import Names, is_only_reader, is_op, is_output, producer
+from pwopt.graph import Names, is_only_reader, is_op, is_output, like, producer
 from pwopt.model import Model
+from pwopt.operators import float_weight, gives_on
 from pwopt.rewriting import Context, Event, Pass
 
-Array = npt.NDArray[Any]
+from ._folding import Initializers, folded, known_shapes, layer_bias
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -148,11 +146,9 @@ class _Folder:
         old = node.op == "BatchNormalization" and layer.op in ("Conv", "ConvTranspose")
         if self._graph.opset < 7 and not old:
             return "before opset 7, operands are broadcast by other rules"
-        weight = constant_value(layer.inputs[1])
-        if weight is None:
-            return f"the {layer.op}'s weight is not a constant"
-        if weight.dtype.kind != "f":
-            return f"the {layer.op}'s weight is {weight.dtype.name}"
+        weight = float_weight(layer, computed=True)
+        if isinstance(weight, str):
+            return weight
         if layer.op == "MatMul" and len(weight.shape) != 2:
             return "the MatMul's weight is not a matrix"
         total = self._total(site, weight)
@@ -175,10 +171,10 @@ class _Folder:
         if (total.scale != 1).any():
             inputs[1] = self._initializers.make(layer, 1, values, "weight")
         if bias is None and not shift.any():
-            return [like(layer, inputs, node.outputs[0])]
+            return [folded(layer, inputs, node.outputs[0])]
         if layer.op != "MatMul":
             inputs.append(self._initializers.make(layer, 2, shift, "bias"))
-            return [like(layer, inputs, node.outputs[0])]
+            return [folded(layer, inputs, node.outputs[0])]
         return self._matmul(site, inputs, shift)
 
     def _total(self, site: _Site, weight: gs.Constant) -> Affine | str:
@@ -209,7 +205,7 @@ class _Folder:
         add, operand = site.affines[0]
         index = 1 if add.inputs[0] is operand else 0
         bias = self._initializers.make(add, index, shift, "bias")
-        return [matmul, gs.Node("Add", add.name, {}, [product, bias], [output])]
+        return [matmul, gs.Node("Add", add.name, {}, [product, bias], [output], add.domain)]
 
 
 def _loses_digits(rounded: Array, exact: Array, axis: int) -> bool:
@@ -239,57 +235,3 @@ def scaled_outputs(layer: gs.Node, weight: Array, scale: Array) -> Array:
         grouped = weight.reshape(group, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
         return (grouped * scale.reshape(group, 1, -1, 1)).reshape(weight.shape)
     return weight * (scale[:, None] if layer.attrs.get("transB", 0) else scale)
-
-
-def layer_bias(layer: gs.Node, size: int) -> Array | str | None:
-    """Return what a layer adds per channel, shape (size,), if anything, or why that is unknown."""
-    if layer.op == "MatMul" or len(layer.inputs) < 3 or layer.inputs[2].is_empty():
-        return None
-    bias = constant_value(layer.inputs[2])
-    if bias is None:
-        return f"the {layer.op}'s bias is not a constant"
-    if bias.shape and int(np.prod(bias.shape[:-1])) != 1:
-        return f"the {layer.op}'s bias differs from row to row"
-    scaled = layer.attrs.get("beta", 1.0) * bias.values.astype(np.float64)
-    return np.broadcast_to(scaled.reshape(-1), size)
-
-
-class Initializers:
-    """Makes the initialisers that take the place of a layer's weight and bias."""
-
-    def __init__(self, graph: gs.Graph, names: Names) -> None:
-        self._graph = graph
-        self._names = names
-        self._shared: list[tuple[gs.Tensor, gs.Constant]] = []
-
-    def make(self, node: gs.Node, index: int, values: Array, part: str) -> gs.Constant:
-        """Make one for input number `index`, under its name if nobody else reads that.
-
-        Nodes that shared theirs, and now need the same values, go on sharing.
-        """
-        old = node.inputs[index] if index < len(node.inputs) else gs.Variable.empty()
-        if isinstance(old, gs.Constant) and is_only_reader(self._graph, node, old):
-            self._shared = [pair for pair in self._shared if pair[1] is not old]
-            return gs.Constant(old.name, values)
-        for source, made in self._shared:
-            if source is old and np.array_equal(made.values, values):
-                return made
-        new = gs.Constant(self._names.tensor(f"{node.outputs[0].name}.{part}"), values)
-        self._shared.append((old, new))
-        return new
-
-
-def known_shapes(model: Model) -> dict[str, shapes.Shape]:
-    """Infer shapes without assuming a size for open axes; empty where that fails."""
-    try:
-        return shapes.infer(model, shapes.Binding({}, {}))
-    except ModelError:
-        return {}
-
-
-def like(layer: gs.Node, inputs: list[gs.Tensor], output: gs.Tensor) -> gs.Node:
-    """Make a layer like `layer` with other inputs; a new bias among them counts once."""
-    attrs = dict(layer.attrs)
-    if not any(bias is old for bias in inputs[2:] for old in layer.inputs[2:]):
-        attrs.pop("beta", None)
-    return gs.Node(layer.op, layer.name, attrs, inputs, [output], layer.domain)

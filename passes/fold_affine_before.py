@@ -22,22 +22,20 @@ AveragePool must not count its padding, and MatMul, which has no bias, is no tak
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from pwopt.affine import ARITHMETIC, Affine, affine, gives_on
-from pwopt.constants import constant_value
+from pwopt.affine import Affine, affine
+from pwopt.constants import Array, constant_value
 from pwopt.editing import Edit
-from pwopt.graph import Names, is_op, is_output
+from pwopt.graph import Names, is_op, is_output, like
 from pwopt.model import Model
+from pwopt.operators import ARITHMETIC, auto_pad, float_weight, gives_on, is_one_output, is_same
 from pwopt.rewriting import Context, Event, Pass
 
-from .fold_affine import Initializers, known_shapes, layer_bias, like
-
-Array = npt.NDArray[Any]
+from ._folding import Initializers, folded, known_shapes, layer_bias
 
 MAXIMA = ("MaxPool", "GlobalMaxPool")
 
@@ -126,7 +124,7 @@ class _Folder:
     def _is_passed(self, node: gs.Node) -> bool:
         """Tell whether channels stay channels, or become columns side by side, through `node`."""
         if is_op(node, *MAXIMA, *MEANS):
-            return not any(t.outputs or is_output(self._graph, t) for t in node.outputs[1:])
+            return is_one_output(self._graph, node)
         if is_op(node, "Flatten"):
             return bool(node.attrs.get("axis", 1) == 1)
         if is_op(node, "Reshape"):
@@ -171,16 +169,13 @@ class _Folder:
         for old in [n for n in self._graph.nodes if id(n) in region_ids]:
             data, output = source[id(old.inputs[0])], old.outputs[0]
             if id(old) in inputs:
-                new.append(like(old, [data, *inputs[id(old)]], output))
+                new.append(folded(old, [data, *inputs[id(old)]], output))
                 continue
             plain = gs.Variable(self._names.tensor(f"{output.name}.plain"), output.dtype)
             if output.name in self._shapes:
                 self._shapes[plain.name] = self._shapes[output.name]
             source[id(output)] = plain
-            attrs = dict(old.attrs)
-            new.append(
-                gs.Node(old.op, old.name, attrs, [data, *old.inputs[1:]], [plain], old.domain)
-            )
+            new.append(like(old, [data, *old.inputs[1:]], plain))
         return new
 
     def _affine(self, node: gs.Node, tensor: gs.Tensor) -> Affine | str:
@@ -199,11 +194,9 @@ class _Folder:
 
     def _taken(self, layer: gs.Node, total: Affine) -> list[gs.Tensor] | str:
         """Return weight and bias of `layer` with `total` folded in, or why that cannot be."""
-        weight = constant_value(layer.inputs[1])
-        if weight is None:
-            return f"the {layer.op}'s weight is not a constant"
-        if weight.dtype.kind != "f":
-            return f"the {layer.op}'s weight is {weight.dtype.name}"
+        weight = float_weight(layer, computed=True)
+        if isinstance(weight, str):
+            return weight
         if layer.attrs.get("transA", 0):
             return "the Gemm transposes its input"
         matrix = _as_rows(layer, weight.values)
@@ -238,7 +231,7 @@ class _Folder:
 
 def _obstacle(node: gs.Node, total: Affine) -> str | None:
     """Say why `total` cannot be done behind `node` as well as in front of it, if so."""
-    padded = any(node.attrs.get("pads", ())) or "SAME" in node.attrs.get("auto_pad", "")
+    padded = any(node.attrs.get("pads", ())) or is_same(node)
     if is_op(node, *MAXIMA):
         if not (total.scale >= 0).all():
             return f"{node.op} would take the minimum where the scale is negative"
@@ -253,10 +246,9 @@ def _obstacle(node: gs.Node, total: Affine) -> str | None:
 
 
 def _is_padded(conv: gs.Node, weight: tuple[int, ...]) -> bool:
-    mode = conv.attrs.get("auto_pad", "NOTSET")
-    if mode in ("SAME_UPPER", "SAME_LOWER"):
+    if is_same(conv):
         return any(size > 1 for size in weight[2:])
-    return mode == "NOTSET" and any(conv.attrs.get("pads", ()))
+    return auto_pad(conv) == "NOTSET" and any(conv.attrs.get("pads", ()))
 
 
 def _as_rows(layer: gs.Node, weight: Array) -> Array:

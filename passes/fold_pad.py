@@ -26,8 +26,9 @@ import onnx_graphsurgeon as gs
 
 from pwopt.constants import constant_value
 from pwopt.editing import Edit
-from pwopt.graph import is_op, is_output, producer
+from pwopt.graph import is_op, is_output, like, optional_input, producer
 from pwopt.model import Model
+from pwopt.operators import auto_pad, is_one_output, is_same
 from pwopt.rewriting import Context, Event, Pass
 
 TAKERS = ("Conv", "AveragePool", "MaxPool")
@@ -57,14 +58,17 @@ class FoldPad(Pass):
                 yield Event("skipped", where, attrs)
                 continue
             readers = [other for other in model.graph.nodes if id(other) in attrs]  # in order
-            new = [_padded(reader, node.inputs[0], attrs[id(reader)]) for reader in readers]
+            new = [
+                like(
+                    reader,
+                    [node.inputs[0], *reader.inputs[1:]],
+                    reader.outputs[0],
+                    attrs[id(reader)],
+                )
+                for reader in readers
+            ]
             edit = Edit(model.graph, old=[node, *readers], new=new)
             yield context.settle(model, edit, where, "Pad folded", {"layers": len(new)}, free=True)
-
-
-def _padded(reader: gs.Node, tensor: gs.Tensor, attrs: Attributes) -> gs.Node:
-    inputs = [tensor, *reader.inputs[1:]]
-    return gs.Node(reader.op, reader.name, attrs, inputs, reader.outputs[:1], reader.domain)
 
 
 def _fold(graph: gs.Graph, pad: gs.Node, readers: Sequence[gs.Node]) -> dict[int, Attributes] | str:
@@ -84,8 +88,8 @@ def _fold(graph: gs.Graph, pad: gs.Node, readers: Sequence[gs.Node]) -> dict[int
             return f"{reader.op} reads its output too"
         if any(tensor is pad.outputs[0] for tensor in reader.inputs[1:]):
             return f"{reader.op} reads its output as a weight"
-        if reader.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-            return f"the {reader.op} pads by itself ({reader.attrs['auto_pad']})"
+        if is_same(reader):
+            return f"the {reader.op} pads by itself ({auto_pad(reader)})"
         kernel = reader.attrs.get("kernel_shape") or (reader.inputs[1].shape or ())[2:]
         if not kernel:
             return f"the {reader.op}'s kernel size is not known"
@@ -110,7 +114,7 @@ def _reason(
     """Say why `reader` cannot pad by `amounts` more than its `own`, if it cannot."""
     if reader.op == "Conv":
         return None if fill == 0 else f"Pad fills with {fill:g}, but Conv with 0"
-    if any(t.outputs or is_output(graph, t) for t in reader.outputs[1:]):
+    if not is_one_output(graph, reader):
         return "MaxPool gives out indices, which count the padding"
     if reader.attrs.get("ceil_mode", 0):
         return f"the {reader.op} is in ceil_mode"
@@ -132,9 +136,10 @@ def _reason(
 
 def _fill(pad: gs.Node) -> float | None:
     """Return the value that `pad` fills with: an attribute, from opset 11 on an input."""
-    if len(pad.inputs) < 3 or pad.inputs[2].is_empty():
+    given = optional_input(pad, 2)
+    if given is None:
         return float(pad.attrs.get("value", 0))
-    value = constant_value(pad.inputs[2])
+    value = constant_value(given)
     return None if value is None else float(value.values.item())
 
 
@@ -145,8 +150,8 @@ def _amounts(pad: gs.Node, spatial: int) -> Pads | str:
     if len(pad.inputs) > 1:
         given = constant_value(pad.inputs[1])
         amounts = None if given is None else given.values.tolist()
-    if len(pad.inputs) > 3 and not pad.inputs[3].is_empty():
-        listed = constant_value(pad.inputs[3])
+    if (which := optional_input(pad, 3)) is not None:
+        listed = constant_value(which)
         if listed is None:
             return "Pad's axes are not constant"
         axes = [axis % (spatial + 2) for axis in listed.values.tolist()]
@@ -165,7 +170,7 @@ def _amounts(pad: gs.Node, spatial: int) -> Pads | str:
 
 
 def _own_pads(reader: gs.Node, spatial: int) -> Pads:
-    if reader.attrs.get("auto_pad", "NOTSET") == "VALID":
+    if auto_pad(reader) == "VALID":
         return [0] * 2 * spatial
     return list(reader.attrs.get("pads", [0] * 2 * spatial))
 

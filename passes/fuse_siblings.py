@@ -11,7 +11,8 @@ put one behind the other along them, bit for bit; 0 is the bias of a sibling wit
 
 Conditions: two or more Convs of group 1 with a kernel of 1 that read one tensor with the same
 strides and pads; weights and biases are constant and of floating point. Dilations say nothing
-about a kernel of one tap and are left out, and so is auto_pad, which adds no padding there. The
+about a kernel of one tap and are left out, and so is auto_pad, which adds no padding there, but
+makes onnxruntime crop if it is SAME_* and a stride is large (those above 2 are left alone). The
 Split writes the very tensors the siblings wrote, so it does not matter who reads them.
 
 Fewer and wider convolutions are not faster everywhere: let it be measured.
@@ -22,15 +23,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from pwopt.constants import Array
 from pwopt.editing import Edit
-from pwopt.graph import Names, constant, is_op
+from pwopt.graph import Names, constant, known_constant, optional_input
 from pwopt.model import Model
+from pwopt.operators import (
+    auto_pad,
+    contradicts_itself,
+    float_weight,
+    is_pointwise,
+    is_same,
+    shifts_by_size,
+)
 from pwopt.rewriting import Context, Event, Pass
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,52 +72,34 @@ def _pointwise_readers(graph: gs.Graph) -> list[list[gs.Node]]:
     """List, for every tensor that several 1×1 Convs convolve, these Convs."""
     readers: dict[int, list[gs.Node]] = {}
     for node in graph.nodes:
-        if _is_pointwise(node):
+        if is_pointwise(node):
             readers.setdefault(id(node.inputs[0]), []).append(node)
     return [convs for convs in readers.values() if len(convs) > 1]
-
-
-def _is_pointwise(node: gs.Node) -> bool:
-    if not is_op(node, "Conv"):
-        return False
-    weight = constant(node.inputs[1])
-    shape = node.inputs[1].shape if weight is None else weight.shape
-    kernel = node.attrs.get("kernel_shape", shape[2:] if shape else None)
-    return bool(kernel) and all(size == 1 for size in kernel)
 
 
 def _obstacle(conv: gs.Node) -> str | None:
     """Say why `conv` cannot be fused with any sibling; None if it can."""
     if conv.attrs.get("group", 1) != 1:
         return f"the Conv has {conv.attrs['group']} groups"
-    weight = constant(conv.inputs[1])
-    if weight is None:
-        return "the Conv's weight is not a constant"
-    if weight.dtype.kind != "f":
-        return f"the Conv's weight is {weight.dtype.name}"
-    if conv.attrs.get("auto_pad", "NOTSET") != "NOTSET" and any(conv.attrs.get("pads", ())):
-        return "the Conv has both auto_pad and pads"  # runtimes differ on which one holds
-    if _has_bias(conv) and constant(conv.inputs[2]) is None:
+    weight = float_weight(conv)
+    if isinstance(weight, str):
+        return weight
+    if contradicts_itself(conv):
+        return "the Conv has both auto_pad and pads"
+    if is_same(conv) and any(shifts_by_size(1, stride) for stride in conv.attrs.get("strides", ())):
+        return f"auto_pad={auto_pad(conv)} with such strides crops"
+    bias = optional_input(conv, 2)
+    if bias is not None and constant(bias) is None:
         return "the Conv's bias is not a constant"
     return None
 
 
-def _has_bias(conv: gs.Node) -> bool:
-    return len(conv.inputs) > 2 and not conv.inputs[2].is_empty()
-
-
 def _geometry(conv: gs.Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return strides and pads; auto_pad adds none to a kernel of 1, whatever the stride."""
-    axes = len(_weight(conv).shape) - 2
+    """Return strides and pads."""
+    axes = len(known_constant(conv.inputs[1]).shape) - 2
     strides = conv.attrs.get("strides", [1] * axes)
     pads = conv.attrs.get("pads", [0] * 2 * axes)
     return tuple(strides), tuple(pads)
-
-
-def _weight(conv: gs.Node) -> gs.Constant:
-    weight = constant(conv.inputs[1])
-    assert weight is not None  # else there is an obstacle
-    return weight
 
 
 class _Fusing:
@@ -124,18 +113,16 @@ class _Fusing:
     def fused(self, siblings: Sequence[gs.Node]) -> list[gs.Node]:
         """Return the Conv and the Split, wired, with names from the first sibling's output."""
         where = siblings[0].outputs[0].name
-        first = _weight(siblings[0])
+        weights = [conv.inputs[1] for conv in siblings]
+        first = known_constant(weights[0])
         strides, pads = _geometry(siblings[0])
         attrs = {"kernel_shape": [1] * len(strides), "strides": list(strides), "pads": list(pads)}
-        channels = [int(_weight(conv).shape[0]) for conv in siblings]
-        weights = [conv.inputs[1] for conv in siblings]
+        channels = [int(known_constant(weight).shape[0]) for weight in weights]
         read = [siblings[0].inputs[0], self._joined(weights, f"{where}.siblings.weight", first)]
-        if any(_has_bias(conv) for conv in siblings):
-            biases = [
-                conv.inputs[2] if _has_bias(conv) else count
-                for conv, count in zip(siblings, channels, strict=True)
-            ]
-            read.append(self._joined(biases, f"{where}.siblings.bias", first))
+        biases = [optional_input(conv, 2) for conv in siblings]
+        if any(bias is not None for bias in biases):
+            parts = [n if b is None else b for b, n in zip(biases, channels, strict=True)]
+            read.append(self._joined(parts, f"{where}.siblings.bias", first))
         inner = gs.Variable(self._names.tensor(f"{where}.siblings"), first.dtype)
         name = self._names.node(f"{siblings[0].name or where}.siblings")
         conv = gs.Node("Conv", name, attrs, read, [inner])

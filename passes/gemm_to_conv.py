@@ -47,8 +47,8 @@ from pwopt.model import Model
 from pwopt.rewriting import Context, Event, Pass
 from pwopt.shapes import Binding
 
-from .dense import make_dense
-from .heads import LAYERS, Lifting
+from ._dense import make_dense
+from ._heads import LAYERS, Lifting
 
 
 @dataclass(frozen=True, kw_only=True)

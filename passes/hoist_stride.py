@@ -33,28 +33,27 @@ producers. Weights are not looked at.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import onnx_graphsurgeon as gs
 
 from pwopt import shapes
 from pwopt.editing import Edit
-from pwopt.graph import Names, constant, is_op, is_output
+from pwopt.graph import Names, constant, is_op, is_output, like
 from pwopt.model import Model
+from pwopt.operators import (
+    BROADCASTING,
+    UNARY,
+    auto_pad,
+    contradicts_itself,
+    is_same,
+    is_training,
+    shifts_by_size,
+)
 from pwopt.rewriting import Context, Event, Pass
 
 Grid = tuple[int, ...]
 """The step at which a map is read along each spatial axis; empty if every position is read."""
-
-# fmt: off
-_UNARY = (
-    "Abs", "Cast", "Ceil", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu",
-    "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Reciprocal",
-    "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt",
-    "Swish", "Tanh", "ThresholdedRelu",
-)
-# fmt: on
-_ARITHMETIC = ("Add", "Div", "Max", "Mean", "Min", "Mul", "PRelu", "Pow", "Sub", "Sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,14 +124,13 @@ class _Survey:
         kernel = conv.attrs.get("kernel_shape") or (self._shape(conv.inputs[1]) or ())[2:]
         if not kernel or None in kernel:
             return []
-        rank, auto_pad = len(kernel), _auto_pad(conv)
+        rank = len(kernel)
         strides = conv.attrs.get("strides") or [1] * rank
         dilations = conv.attrs.get("dilations") or [1] * rank
         pads = conv.attrs.get("pads") or [0, 0] * rank
         padded = [any(sides) for sides in zip(pads[:rank], pads[rank:], strict=True)]
-        if not any(padded) and auto_pad.startswith("SAME"):
-            # It should pad a kernel of 1 by nothing, but onnxruntime crops (stride − 1) / 2.
-            padded = [size > 1 or stride > 2 for size, stride in zip(kernel, strides, strict=True)]
+        if not any(padded) and is_same(conv):
+            padded = [shifts_by_size(*axis) for axis in zip(kernel, strides, strict=True)]
         sizes = zip(kernel, strides, dilations, padded, strict=True)
         return [_Axis(*axis) for axis in sizes]
 
@@ -200,14 +198,14 @@ class _Survey:
 
     def _need(self, node: gs.Node, index: int, grid: Grid) -> Grid:
         """Return the step at which `node` reads an input if its output is read at `grid`."""
-        if index > 0 and not is_op(node, *_ARITHMETIC):
+        if index > 0 and not is_op(node, *BROADCASTING):
             return ()
         if is_op(node, "Conv"):
             axes = self.axes(node)
             steps = _product([axis.stride for axis in axes], grid)
             pairs = zip(axes, steps, strict=True)
             need = tuple(step if axis.pointwise else 1 for axis, step in pairs)
-        elif is_op(node, *_ARITHMETIC):
+        elif is_op(node, *BROADCASTING):
             shape = (1,) * len(grid) + (self._shape(node.inputs[index]) or ())
             sizes = shape[len(shape) - len(grid) :]  # aligned from the right
             need = tuple(1 if size == 1 else s for size, s in zip(sizes, grid, strict=True))
@@ -225,11 +223,14 @@ class _Survey:
             reason = f"before opset 7, {node.op} has other rules"
         elif len(node.outputs) > 1:
             reason = f"{node.op} has a second output"
-        elif is_op(node, *_ARITHMETIC):
+        elif is_op(node, *BROADCASTING):
             reason = self._arithmetic_refusal(node, grid)
+        elif not node.attrs.get("spatial", 1):
+            reason = f"{node.op} normalises every position on its own"
         elif is_op(node, "BatchNormalization", "Dropout"):
-            reason = _training(node)
-        elif is_op(node, *_UNARY):
+            is_free = not is_training(node, self._graph.opset)
+            reason = None if is_free else f"{node.op} is in training mode"
+        elif is_op(node, *UNARY):
             reason = None
         else:
             reason = f"{node.op} cannot skip positions"
@@ -246,12 +247,12 @@ class _Survey:
         axes = self.axes(conv)
         if not axes:
             return f"the kernel of the Conv that writes '{conv.outputs[0].name}' is not known"
-        if _contradicts_itself(conv):
+        if contradicts_itself(conv):
             return "the Conv has both auto_pad and pads"
-        if not _auto_pad(conv).startswith("SAME"):
+        if not is_same(conv):
             return None
         if any(axis.padded and (axis.stride > 1 or axis.dilation > 1) for axis in axes):
-            return f"the pads of auto_pad={_auto_pad(conv)} depend on the size"
+            return f"the pads of auto_pad={auto_pad(conv)} depend on the size"
         return None
 
     def _arithmetic_refusal(self, node: gs.Node, grid: Grid) -> str | None:
@@ -283,7 +284,7 @@ def _rebuilt(region: Sequence[gs.Node], survey: _Survey, names: Names) -> list[g
         if need == grid:
             return source
         if (id(tensor), need) not in maps:
-            maps[id(tensor), need] = pick = _like(tensor, "pick", names)
+            maps[id(tensor), need] = pick = _variable(tensor, "pick", names)
             nodes.append(_pick(source, pick, _quotient(need, grid), names))
         return maps[id(tensor), need]
 
@@ -294,14 +295,14 @@ def _rebuilt(region: Sequence[gs.Node], survey: _Survey, names: Names) -> list[g
             axes = survey.axes(node)
             strides = _product([axis.stride for axis in axes], grid)
             attrs["strides"] = list(_quotient(strides, survey.grid(inputs[0])))
-            if grid and _auto_pad(node).startswith("SAME"):
+            if grid and is_same(node):
                 attrs["pads"] = _pads(axes, attrs.pop("auto_pad"))
             inputs[0] = at(inputs[0], survey.grid(inputs[0]))
         else:
             inputs = [at(t, survey.need(node, i)) for i, t in enumerate(inputs)]
         if grid:
-            maps[id(output), grid] = output = _like(output, "strided", names)
-        nodes.append(gs.Node(node.op, node.name, attrs, inputs, [output], node.domain))
+            maps[id(output), grid] = output = _variable(output, "strided", names)
+        nodes.append(like(node, inputs, output, attrs))
     return nodes
 
 
@@ -316,7 +317,7 @@ def _pick(source: gs.Tensor, output: gs.Tensor, strides: Grid, names: Names) -> 
     return gs.Node("MaxPool", names.node(output.name), attrs, [source], [output])
 
 
-def _like(tensor: gs.Tensor, part: str, names: Names) -> gs.Variable:
+def _variable(tensor: gs.Tensor, part: str, names: Names) -> gs.Variable:
     return gs.Variable(names.tensor(f"{tensor.name}.{part}"), tensor.dtype)
 
 
@@ -335,25 +336,5 @@ def _pads(axes: Sequence[_Axis], auto_pad: str) -> list[int]:
     return less + more if auto_pad == "SAME_UPPER" else more + less
 
 
-def _auto_pad(conv: gs.Node) -> str:
-    return str(conv.attrs.get("auto_pad", "NOTSET"))
-
-
-def _contradicts_itself(conv: gs.Node) -> bool:
-    """Tell whether runtimes may differ on which padding holds."""
-    return _auto_pad(conv) != "NOTSET" and any(conv.attrs.get("pads", ()))
-
-
 def _is_strided(conv: gs.Node) -> bool:
     return any(stride > 1 for stride in conv.attrs.get("strides", ()))
-
-
-def _training(node: gs.Node) -> str | None:
-    """Say why a BatchNormalization or Dropout may be in training mode; None if it cannot."""
-    if not node.attrs.get("spatial", 1):
-        return "BatchNormalization normalises every position on its own"
-    mode: Any = node.attrs.get("training_mode", 0)
-    if node.op == "Dropout" and len(node.inputs) > 2 and not node.inputs[2].is_empty():
-        known = constant(node.inputs[2])
-        mode = known is None or known.values.any()
-    return f"{node.op} is in training mode" if mode else None

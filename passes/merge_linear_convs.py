@@ -25,9 +25,9 @@ Groups g and g' give a convolution of gcd(g, g') groups, zeros filled in. For ma
 
 Conditions: constant floating-point weights; nobody else reads what lies between, which may pass
 through Identity, and Dropout in inference mode; a bias in the first is constant, and then one in
-the second too; along each axis one of the kernels has a single tap; auto_pad=SAME only if the other
-convolution is 1×1 with stride 1 and no pads. MACs and parameters must both fall; a weight that
-others read as well is not saved.
+the second too; along each axis one of the kernels has a single tap; auto_pad=SAME, on a k×k or
+with a stride above 2, only if the other convolution is 1×1 with stride 1 and no pads. MACs and
+parameters must both fall; a weight that others read as well is not saved.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,17 +37,32 @@ from math import gcd, prod
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from pwopt.constants import Array
 from pwopt.cost import node_macs
 from pwopt.editing import Edit
-from pwopt.graph import Names, constant, is_only_reader, is_op, is_output, producer
+from pwopt.graph import (
+    Names,
+    constant,
+    is_only_reader,
+    is_op,
+    known_constant,
+    leaves,
+    optional_input,
+    producer,
+)
 from pwopt.model import Model
+from pwopt.operators import (
+    contradicts_itself,
+    float_weight,
+    is_one_output,
+    is_same,
+    is_training,
+    shifts_by_size,
+)
 from pwopt.rewriting import Context, Event, Pass
 from pwopt.shapes import Shape, bind, infer
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,14 +184,12 @@ def _merged(graph: gs.Graph, pair: _Pair) -> _Merged | str:
         if node.op == "Dropout" and (reason := _active(graph, node)):
             return reason
     for node, place in ((first, "first"), (second, "second")):
-        weight = constant(node.inputs[1])
-        if weight is None:
-            return f"the {place} {node.op}'s weight is not a constant"
-        if weight.dtype not in (np.float16, np.float32, np.float64):
-            return f"the {place} {node.op}'s weight is {weight.dtype.name}"
-    if _bias(first) is not None:
+        weight = float_weight(node, place=place)
+        if isinstance(weight, str):
+            return weight
+    if optional_input(first, 2) is not None:
         for node, place in ((first, "first"), (second, "second")):
-            bias = _bias(node)
+            bias = optional_input(node, 2)
             if bias is not None and constant(bias) is None:
                 return f"the {place} {node.op}'s bias is not a constant"
     return _merged_convs(first, second) if second.op == "Conv" else _merged_matrices(graph, pair)
@@ -184,36 +197,18 @@ def _merged(graph: gs.Graph, pair: _Pair) -> _Merged | str:
 
 def _active(graph: gs.Graph, dropout: gs.Node) -> str | None:
     """Say how a Dropout (ONNX operators, versions 1 to 22) differs from an Identity, if it does."""
-    for mask in dropout.outputs[1:]:
-        if mask.outputs or is_output(graph, mask):
-            return "Dropout's mask is read"
-    training = dropout.inputs[2] if len(dropout.inputs) > 2 else None
-    if training is not None and not training.is_empty():
-        flag = constant(training)
-        if flag is None or flag.values.any():
-            return "Dropout is in training mode"
-    if graph.opset < 7 and not dropout.attrs.get("is_test", 0):
-        return "Dropout is in training mode"
-    return None
-
-
-def _bias(node: gs.Node) -> gs.Tensor | None:
-    return node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
-
-
-def _known(tensor: gs.Tensor) -> gs.Constant:
-    value = constant(tensor)
-    assert value is not None  # `_merged` has seen to that
-    return value
+    if not is_one_output(graph, dropout):
+        return "Dropout's mask is read"
+    return "Dropout is in training mode" if is_training(dropout, graph.opset) else None
 
 
 def _float64(tensor: gs.Tensor) -> Array:
-    return np.asarray(_known(tensor).values, np.float64)
+    return np.asarray(known_constant(tensor).values, np.float64)
 
 
 def _shape(layer: gs.Node) -> tuple[int, ...]:
     """Return the shape of the weight."""
-    return tuple(_known(layer.inputs[1]).shape)
+    return tuple(known_constant(layer.inputs[1]).shape)
 
 
 # -- convolutions -----------------------------------------------------------------------------
@@ -230,14 +225,14 @@ class _Window(NamedTuple):
 
 def _merged_convs(first: gs.Node, second: gs.Node) -> _Merged | str:
     for node in (first, second):
-        if node.attrs.get("auto_pad", "NOTSET") != "NOTSET" and any(node.attrs.get("pads", [])):
+        if contradicts_itself(node):
             return "auto_pad and pads contradict each other"
     windows = [_windows(node) for node in (first, second)]
     if any(pad < 0 for side in windows for window in side for pad in window.pads):
         return "negative pads"
     auto_pad = ""
     for node, other in ((first, windows[1]), (second, windows[0])):
-        if _is_same(node):
+        if _goes_by_size(node):
             auto_pad = node.attrs["auto_pad"]
             if any(w.kernel > 1 or w.stride > 1 or any(w.pads) for w in other):
                 return f"auto_pad={auto_pad} would pad otherwise after merging"
@@ -248,9 +243,9 @@ def _merged_convs(first: gs.Node, second: gs.Node) -> _Merged | str:
             return window
         composed.append(window)
 
-    bias = _bias(first)
+    bias = optional_input(first, 2)
     biased = bias is not None and bool(_float64(bias).any())
-    if biased and (_is_same(second) or any(any(w.pads) for w in windows[1])):
+    if biased and (_goes_by_size(second) or any(any(w.pads) for w in windows[1])):
         return "the first Conv's bias would leak into the second one's padding"
     groups = first.attrs.get("group", 1), second.attrs.get("group", 1)
     group = gcd(*groups)
@@ -276,9 +271,11 @@ def _merged_convs(first: gs.Node, second: gs.Node) -> _Merged | str:
     )
 
 
-def _is_same(conv: gs.Node) -> bool:
-    """Tell whether auto_pad pads by the size of the input; a 1×1 is never padded."""
-    return str(conv.attrs.get("auto_pad", "")).startswith("SAME") and prod(_shape(conv)[2:]) > 1
+def _goes_by_size(conv: gs.Node) -> bool:
+    """Tell whether auto_pad pads, or crops, by the size of the input."""
+    kernel = _shape(conv)[2:]
+    strides = conv.attrs.get("strides", [1] * len(kernel))
+    return is_same(conv) and any(map(shifts_by_size, kernel, strides))
 
 
 def _windows(conv: gs.Node) -> list[_Window]:
@@ -322,7 +319,7 @@ def _conv_bias(first: gs.Node, second: gs.Node) -> Array:
     outer = _float64(second.inputs[1])
     taps = outer.reshape(group, -1, outer.shape[1], prod(outer.shape[2:])).sum(axis=-1)
     shift: Array = (taps @ _float64(first.inputs[2]).reshape(group, -1, 1)).reshape(-1)
-    own = _bias(second)
+    own = optional_input(second, 2)
     return shift if own is None else shift + _float64(own)
 
 
@@ -371,10 +368,10 @@ def _merged_matrices(graph: gs.Graph, pair: _Pair) -> _Merged | str:
     if second.attrs.get("transA", 0):
         return "the second Gemm transposes what it reads"
     inputs, outputs = _matrix_shape(first)[0], _matrix_shape(second)[1]
-    biased = _bias(first) is not None
+    biased = optional_input(first, 2) is not None
     if biased:
         for node in (first, second):
-            bias = _bias(node)
+            bias = optional_input(node, 2)
             if bias is not None and prod(_float64(bias).shape[:-1]) != 1:
                 return f"the {node.op}'s bias differs from row to row"
     op = "MatMul" if first.op == second.op == "MatMul" else "Gemm"
@@ -410,7 +407,7 @@ def _matrix(node: gs.Node) -> Array:
 
 def _row(node: gs.Node) -> Array:
     """Return what the layer adds to every row, shape (outputs,)."""
-    bias = _bias(node)
+    bias = optional_input(node, 2)
     if bias is None:
         return np.zeros(_matrix_shape(node)[1])
     row = (_float64(bias) * node.attrs.get("beta", 1.0)).reshape(-1)
@@ -450,8 +447,7 @@ def _freed(graph: gs.Graph, tensors: Sequence[gs.Tensor], nodes: Sequence[gs.Nod
     freed = 0
     for tensor in {id(tensor): tensor for tensor in tensors}.values():
         value = constant(tensor)
-        ours = all(any(reader is node for node in nodes) for reader in tensor.outputs)
-        if value is not None and ours and not is_output(graph, tensor):
+        if value is not None and not leaves(graph, tensor, nodes):
             freed += prod(value.shape)
     return freed
 
@@ -461,7 +457,7 @@ def _layer(pair: _Pair, merged: _Merged, names: Names) -> gs.Node | str:
     """Make the merged layer, which writes what the second one writes and takes its name."""
     second = pair.second
     output = second.outputs[0]
-    dtype = np.dtype(_known(second.inputs[1]).dtype)
+    dtype = np.dtype(known_constant(second.inputs[1]).dtype)
     weight = merged.weight().astype(dtype)
     bias = merged.bias().astype(dtype) if merged.bias else None
     if not (np.isfinite(weight).all() and (bias is None or np.isfinite(bias).all())):
@@ -469,6 +465,6 @@ def _layer(pair: _Pair, merged: _Merged, names: Names) -> gs.Node | str:
     inputs = [pair.first.inputs[0], gs.Constant(names.tensor(f"{output.name}.weight"), weight)]
     if bias is not None:
         inputs.append(gs.Constant(names.tensor(f"{output.name}.bias"), bias))
-    elif (own := _bias(second)) is not None:
+    elif (own := optional_input(second, 2)) is not None:
         inputs.append(own)
     return gs.Node(merged.op, second.name, merged.attrs, inputs, [output], second.domain)

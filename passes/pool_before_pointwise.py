@@ -29,18 +29,26 @@ MaxPool is not linear and never moves. A BatchNormalization in between is left t
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from pwopt.constants import Array
 from pwopt.editing import Edit
-from pwopt.graph import Names, constant, is_only_reader, is_op, producer
+from pwopt.graph import (
+    Names,
+    constant,
+    is_only_reader,
+    is_op,
+    known_constant,
+    like,
+    optional_input,
+    producer,
+)
 from pwopt.model import Model
+from pwopt.operators import float_weight, is_over_space, is_pointwise, is_same, reduced_axes
 from pwopt.rewriting import Context, Event, Pass
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +87,9 @@ def _move_up(model: Model, context: Context, pool: gs.Node, names: Names) -> Ite
 def _pointwise_above(pool: gs.Node) -> gs.Node | None:
     """Return the 1×1 Conv that `pool` reads, directly or with one node in between."""
     above = producer(pool.inputs[0])
-    if above is not None and not _is_pointwise(above) and above.inputs:
+    if above is not None and not is_pointwise(above) and above.inputs:
         above = producer(above.inputs[0])
-    return above if above is not None and _is_pointwise(above) else None
-
-
-def _is_pointwise(node: gs.Node) -> bool:
-    if not is_op(node, "Conv"):
-        return False
-    weight = constant(node.inputs[1])
-    shape = node.inputs[1].shape if weight is None else weight.shape
-    kernel = node.attrs.get("kernel_shape", shape[2:] if shape else None)
-    return bool(kernel) and all(size == 1 for size in kernel)
+    return above if above is not None and is_pointwise(above) else None
 
 
 def _obstacle(graph: gs.Graph, conv: gs.Node, pool: gs.Node) -> str | None:
@@ -101,11 +100,9 @@ def _obstacle(graph: gs.Graph, conv: gs.Node, pool: gs.Node) -> str | None:
         return f"{between.op} stands between the Conv and the pool{remedy}"
     if not is_only_reader(graph, pool, conv.outputs[0]):
         return "the Conv's output is read elsewhere too"
-    weight = constant(conv.inputs[1])
-    if weight is None:
-        return "the Conv's weight is not a constant"
-    if weight.dtype.kind != "f":
-        return f"the Conv's weight is {weight.dtype.name}"
+    weight = float_weight(conv)
+    if isinstance(weight, str):
+        return weight
     if any(stride != 1 for stride in conv.attrs.get("strides", ())):
         return "the Conv has a stride"
     if any(conv.attrs.get("pads", ())):  # auto_pad adds none to a kernel of 1
@@ -119,20 +116,11 @@ def _obstacle(graph: gs.Graph, conv: gs.Node, pool: gs.Node) -> str | None:
 
 def _reduction_obstacle(reduction: gs.Node, rank: int) -> str | None:
     """Say why a ReduceMean of a tensor with `rank` axes is no pool over space."""
-    axes = _axes(reduction)
-    if axes is None:
+    if reduced_axes(reduction) is None:
         return "the axes of ReduceMean are not constant"
-    if sorted(axis % rank for axis in axes) != list(range(2, rank)):
+    if not is_over_space(reduction, rank):
         return "ReduceMean does not go over exactly the spatial axes"
     return None
-
-
-def _axes(reduction: gs.Node) -> list[int] | None:
-    """Return the axes of a ReduceMean, [] where it names none; None if they are not constant."""
-    if len(reduction.inputs) < 2 or reduction.inputs[1].is_empty():
-        return list(reduction.attrs.get("axes", ()))
-    axes = constant(reduction.inputs[1])
-    return None if axes is None else [int(axis) for axis in axes.values.reshape(-1)]
 
 
 class _Windows:
@@ -148,7 +136,7 @@ class _Windows:
         self.end_pads = pads[len(kernel) :]
         self.pads = [a + b for a, b in zip(pads[: len(kernel)], self.end_pads, strict=True)]
         # There are then ⌈size / stride⌉ windows, and padding as they need it.
-        self.same = pool.attrs.get("auto_pad", "NOTSET").startswith("SAME")
+        self.same = is_same(pool)
         self.padded = self.same or any(pads)
         self.dilated = dilations != ones
         self.ceil = bool(pool.attrs.get("ceil_mode", 0))
@@ -191,36 +179,30 @@ def _window_obstacle(windows: _Windows, *, biased: bool) -> str | None:
 
 
 def _is_biased(conv: gs.Node) -> bool:
-    if len(conv.inputs) < 3 or conv.inputs[2].is_empty():
-        return False
-    bias = constant(conv.inputs[2])
-    return bias is None or bool(np.any(bias.values))
+    given = optional_input(conv, 2)
+    bias = None if given is None else constant(given)
+    return given is not None and (bias is None or bool(np.any(bias.values)))
 
 
 def _swapped(conv: gs.Node, pool: gs.Node, opset: int, names: Names) -> list[gs.Node]:
     """Make the pool, the Conv behind it, and a Squeeze where the pool drops its axes."""
     output = pool.outputs[0]
-    weight = constant(conv.inputs[1])
-    assert weight is not None  # else there is an obstacle
+    weight = known_constant(conv.inputs[1])
 
     def inner(part: str) -> gs.Variable:
         return gs.Variable(names.tensor(f"{output.name}.{part}"), weight.dtype)
 
     drops = pool.op == "ReduceMean" and not pool.attrs.get("keepdims", 1)
-    pool_attrs = {**pool.attrs, "keepdims": 1} if drops else dict(pool.attrs)
+    pool_attrs = {**pool.attrs, "keepdims": 1} if drops else pool.attrs
     pooled, mixed = inner("pool"), inner("conv") if drops else output
     new = [
-        _like(pool, pool_attrs, [conv.inputs[0], *pool.inputs[1:]], pooled),
-        _like(conv, dict(conv.attrs), [pooled, *conv.inputs[1:]], mixed),
+        like(pool, [conv.inputs[0], *pool.inputs[1:]], pooled, pool_attrs),
+        like(conv, [pooled, *conv.inputs[1:]], mixed),
     ]
     if drops:
         axes = np.arange(2, len(weight.shape))
         new.append(_squeeze(mixed, output, axes, opset, names))
     return new
-
-
-def _like(node: gs.Node, attrs: dict[str, Any], read: list[gs.Tensor], write: gs.Tensor) -> gs.Node:
-    return gs.Node(node.op, node.name, attrs, read, [write], node.domain)
 
 
 def _squeeze(read: gs.Tensor, write: gs.Tensor, axes: Array, opset: int, names: Names) -> gs.Node:

@@ -1,17 +1,12 @@
 """Affine: what BatchNormalization, and arithmetic with constants, does to each channel."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from pwopt.constants import constant_value
-from pwopt.graph import is_op, is_output
-
-Array = npt.NDArray[Any]
-
-ARITHMETIC = ("Mul", "Add", "Sub", "Div")
+from pwopt.constants import Array, constant_value
+from pwopt.operators import ARITHMETIC, is_training
 
 OPERATORS = ("BatchNormalization", *ARITHMETIC)
 
@@ -73,8 +68,7 @@ def affine(
 
 def _batch_norm(node: gs.Node, opset: int) -> Affine | str:
     """Read a BatchNormalization (ONNX operators, versions 1 to 15) in inference mode."""
-    # Before opset 7, training is the default; `is_test` does not exist later.
-    if node.attrs.get("training_mode", 0) or not node.attrs.get("is_test", opset >= 7):
+    if is_training(node, opset):
         return "BatchNormalization is in training mode"
     if not node.attrs.get("spatial", 1):
         return "BatchNormalization normalises every position on its own"
@@ -87,18 +81,3 @@ def _batch_norm(node: gs.Node, opset: int) -> Affine | str:
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = gamma / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
         return Affine(scale, beta - scale * mean)
-
-
-def gives_on(graph: gs.Graph, node: gs.Node) -> bool:
-    """Tell whether `node` gives its first input on as it is: Identity, or Dropout at inference."""
-    if is_op(node, "Identity"):
-        return True
-    masks = node.outputs[1:]
-    if not is_op(node, "Dropout") or any(t.outputs or is_output(graph, t) for t in masks):
-        return False
-    if graph.opset < 7:  # where training is the default
-        return bool(node.attrs.get("is_test", 0))
-    if len(node.inputs) < 3 or node.inputs[2].is_empty():
-        return True
-    training = constant_value(node.inputs[2])
-    return training is not None and not training.values.any()

@@ -4,6 +4,7 @@ Nodes and tensors are compared with `is`: GraphSurgeon's `==` compares names onl
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import onnx_graphsurgeon as gs
 
@@ -40,6 +41,13 @@ def shape_of(tensor: gs.Tensor, shapes: Mapping[str, Shape]) -> Shape | None:
     return shapes.get(tensor.name) if weight is None else tuple(weight.shape)
 
 
+def known_constant(tensor: gs.Tensor) -> gs.Constant:
+    """Return the constant behind `tensor`, of which it is known that there is one."""
+    value = constant(tensor)
+    assert value is not None, tensor.name
+    return value
+
+
 def label(node: gs.Node) -> str:
     """Return what messages call `node`: its name, or its first output's where it has none."""
     return str(node.name or node.outputs[0].name)
@@ -67,6 +75,12 @@ def is_only_reader(graph: gs.Graph, node: gs.Node, tensor: gs.Tensor) -> bool:
     """Tell whether `node` reads `tensor`, once, and neither another node nor the caller does."""
     readers = tensor.outputs
     return len(readers) == 1 and readers[0] is node and not is_output(graph, tensor)
+
+
+def leaves(graph: gs.Graph, tensor: gs.Tensor, readers: Sequence[gs.Node]) -> bool:
+    """Tell whether the caller, or another node than `readers`, reads `tensor`."""
+    ours = {id(reader) for reader in readers}
+    return is_output(graph, tensor) or any(id(reader) not in ours for reader in tensor.outputs)
 
 
 def replace(graph: gs.Graph, node: gs.Node, replacement: Sequence[gs.Node]) -> None:
@@ -100,6 +114,20 @@ def remove_if_unread(graph: gs.Graph, tensor: gs.Tensor) -> None:
         return
     if any(other is node for other in graph.nodes):
         replace(graph, node, [])
+
+
+def like(
+    node: gs.Node,
+    inputs: Sequence[gs.Tensor],
+    output: gs.Tensor,
+    attrs: Mapping[str, Any] | None = None,
+) -> gs.Node:
+    """Make a node like `node`, with its attributes if none are given, that writes `output`.
+
+    It has the name of `node`, under which `node`'s doc string and metadata become its own.
+    """
+    attrs = dict(node.attrs if attrs is None else attrs)
+    return gs.Node(node.op, node.name, attrs, list(inputs), [output], node.domain)
 
 
 class Names:

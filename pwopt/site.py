@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import onnx_graphsurgeon as gs
 from onnx import GraphProto, ModelProto
 
-from pwopt.graph import is_output, producer
+from pwopt.graph import is_op, is_output, producer
 from pwopt.model import Model
 from pwopt.shapes import Type
 
@@ -13,12 +13,16 @@ from pwopt.shapes import Type
 def extract(model: Model, nodes: Sequence[gs.Node], types: Mapping[str, Type]) -> Model:
     """Copy `nodes` into a model whose inputs are what they read and outputs what others read.
 
+    What they read of constants and of shapes alone is computed in the copy too: the target of a
+    Reshape, say, for which random values would not do.
+
     Args:
         model: The model they belong to; stays as it is.
         nodes: Nodes of its graph, in any order.
         types: Types of its tensors, from `shapes.infer_types`.
     """
-    ordered = [node for node in model.graph.nodes if any(node is other for other in nodes)]
+    inside = {id(node) for node in (*nodes, *_sources(model.graph, nodes))}
+    ordered = [node for node in model.graph.nodes if id(node) in inside]
     written = {id(t): t for node in ordered for t in node.outputs if t.name}
     read = {id(t): t for node in ordered for t in node.inputs if t.name}
     proto = ModelProto(ir_version=max(model.proto.ir_version, 4), graph=GraphProto(name="site"))
@@ -33,8 +37,9 @@ def extract(model: Model, nodes: Sequence[gs.Node], types: Mapping[str, Type]) -
         gs.Node(n.op, n.name, dict(n.attrs), of(n.inputs), of(n.outputs), n.domain) for n in ordered
     )
     entering = [t for key, t in read.items() if key not in written]
+    leaving = [t for n in nodes for t in n.outputs if t.name and _leaves(model.graph, t, inside)]
     site.graph.inputs.extend(of([t for t in entering if isinstance(t, gs.Variable)]))
-    site.graph.outputs.extend(of([t for t in written.values() if _leaves(model.graph, t, ordered)]))
+    site.graph.outputs.extend(of(leaving))
     return site.copy()  # whose message tells of the inputs, too
 
 
@@ -51,10 +56,28 @@ def neighbours(nodes: Sequence[gs.Node], hops: int) -> list[gs.Node]:
     return list(found.values())
 
 
-def _leaves(graph: gs.Graph, tensor: gs.Tensor, nodes: Sequence[gs.Node]) -> bool:
-    readers = tensor.outputs
-    inside = all(any(reader is node for node in nodes) for reader in readers)
-    return is_output(graph, tensor) or not readers or not inside
+def _sources(graph: gs.Graph, nodes: Sequence[gs.Node]) -> list[gs.Node]:
+    """Return the nodes that compute from constants and shapes alone what `nodes` read."""
+    known: set[int] = set()
+    for node in graph.nodes:
+        computed = node.inputs and all(
+            isinstance(t, gs.Constant) or t.is_empty() or id(t) in known for t in node.inputs
+        )
+        if (computed and not any(node.subgraphs())) or is_op(node, "Constant", "Shape", "Size"):
+            known.update(id(tensor) for tensor in node.outputs)
+    sources: dict[int, gs.Node] = {}
+    unread = list(nodes)
+    while unread:
+        for tensor in unread.pop().inputs:
+            source = producer(tensor)
+            if source is not None and id(tensor) in known and id(source) not in sources:
+                sources[id(source)] = source
+                unread.append(source)
+    return list(sources.values())
+
+
+def _leaves(graph: gs.Graph, tensor: gs.Tensor, inside: set[int]) -> bool:
+    return is_output(graph, tensor) or any(id(reader) not in inside for reader in tensor.outputs)
 
 
 def _copy(tensor: gs.Tensor, types: Mapping[str, Type]) -> gs.Tensor:

@@ -96,4 +96,6 @@ def rewrite(
         more = parse(pipeline) if isinstance(pipeline, str) else pipeline
         steps = Pipeline(steps.passes + more.passes)
         reports += more.run(result, Context(shapes=shapes), watching)
+    if any(report.rewrote for report in reports):
+        result = result.copy()  # whose message tells of inputs that were edited, too
     return Rewritten(result, steps, reports, size(original, shapes), size(result, shapes))

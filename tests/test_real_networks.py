@@ -15,8 +15,10 @@ import pytest
 from click.testing import CliRunner
 from helpers import ASSETS, needs_assets
 
+import pwopt as library
 from pwopt import runtime
 from pwopt.cli import main
+from pwopt.models import BUILDERS
 
 pytestmark = needs_assets
 
@@ -130,3 +132,52 @@ def test_vgg16_names_the_wide_convolutions() -> None:
     assert wide == {f"/features/features.{i}/Conv" for i in range(4, 52, 4)}
     first = next(layer for layer in layers if layer["name"] == "/features/features.0/Conv")
     assert first["why_not"] == "only 3 input channels (fewer than 32)"
+
+
+# -- exact rewrites ---------------------------------------------------------------------------
+
+
+def macs_left(result: Any) -> float:
+    return float(result["after"]["macs"] / result["before"]["macs"])
+
+
+def test_resnet50_without_its_strided_pointwise(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resnet50 = NETWORKS[-1]
+    model = model_file(resnet50, files, monkeypatch)
+    output = tmp_path / "exact.onnx"
+    result = pwopt("rewrite", model, "--exact", "--gate", "macs", "-o", output)
+    assert macs_left(result) <= 0.91
+    data = files / "imagenet"
+    verdict = pwopt("check", model, output, "--data", data, "--preprocess", "caffe")
+    assert verdict["accuracy"]["samples"] == IMAGENET_IMAGES
+    assert verdict["agreement"] == 1
+    assert verdict["accuracy"]["rewritten"] == verdict["accuracy"]["original"]
+    assert verdict["equivalence"]["max_rel"] <= 1e-4
+
+
+def test_smallvgg_without_batch_normalization(tmp_path: Path) -> None:
+    model = ASSETS / "models" / "smallvgg_cifar10.onnx"
+    output = tmp_path / "exact.onnx"
+    pwopt("rewrite", model, "--exact", "--gate", "macs", "-o", output)
+    ops = {node.op_type for node in onnx.load(output).graph.node}
+    assert "Conv" in ops
+    assert "BatchNormalization" not in ops
+
+    with np.load(ASSETS / "data" / "cifar10_val.npz") as whole:
+        np.savez(tmp_path / "images", **{k: whole[k][:500] for k in whole.files})
+    data = tmp_path / "images.npz"
+    verdict = pwopt("check", model, output, "--data", data, "--preprocess", "raw")
+    assert verdict["accuracy"]["samples"] == 500
+    assert verdict["agreement"] == 1
+
+
+def test_densenet121_pools_before_its_transitions() -> None:
+    result = library.rewrite(
+        library.Model(BUILDERS["densenet121"]()), pipeline="fold-affine,pool-before-pointwise"
+    )
+    before, after = result.before.macs, result.after.macs
+    assert before is not None
+    assert after is not None
+    assert after / before <= 0.925

@@ -233,3 +233,12 @@ def test_what_analyze_proposes_is_what_rewrite_does(name: str) -> None:
     assert result.after.params == analysis.totals.params - saved_params
     weights = (w for w in result.model.to_proto().graph.initializer if w.data_type == 1)
     assert result.after.params == sum(prod(w.dims) for w in weights)
+
+
+def test_a_model_made_dense_takes_larger_images() -> None:
+    model = pwopt.Model(BUILDERS["vgg16"](**SMALL["vgg16"]))
+    height = model.proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value
+    dense = pwopt.rewrite(model, pipeline="gemm-to-conv{dense=true}").model
+    name = dense.proto.graph.input[0].name
+    larger = {name: (1, 3, 2 * height, 2 * height)}
+    assert pwopt.analyze(dense, shapes=larger).inputs == larger

@@ -39,6 +39,8 @@ def print_table(result: Rewritten) -> None:
     """Print what each pass did, site by site, and the cost before and after."""
     parts: list[RenderableType] = []
     for report in result.reports:
+        if not report.events:
+            continue
         parts.append(f"{report.name}: {report.rewrote} rewritten, {report.skipped} left alone")
         rewrote = [event for event in report.events if event.kind == "rewrote"]
         skipped = [event for event in report.events if event.kind == "skipped"]

@@ -54,6 +54,8 @@ class Origins:
     graph: gs.Graph = field(init=False)
     used: set[int] = field(init=False)
     nodes: dict[int, NodeOrigin] = field(default_factory=dict)
+    named: dict[str, NodeOrigin | None] = field(default_factory=dict)
+    """Nodes by name; None where several share it."""
     graphs: dict[int, GraphOrigin] = field(default_factory=dict)
     tensors: dict[int, tuple[gs.Tensor, TensorProto]] = field(default_factory=dict)
 
@@ -65,6 +67,17 @@ class Origins:
         IR.md).
         """
         return self.model.ir_version < 4
+
+    def of(self, node: gs.Node) -> NodeOrigin:
+        """Return where `node` came from.
+
+        A new node with the name and the operator of an old one succeeds that: it keeps what the
+        message says beside inputs, outputs and attributes, such as doc string and metadata.
+        """
+        origin = self.nodes.get(id(node)) or self.named.get(node.name)
+        if origin is not None and (origin.node is node or origin.proto.op_type == node.op):
+            return origin
+        return NodeOrigin(node, NodeProto(), {})
 
     def values(self, tensor: TensorProto) -> TensorValues:
         """Return the values of one of the model's tensors, not yet decoded."""
@@ -154,7 +167,9 @@ def _read_node(proto: NodeProto, scope: _Scope, origins: Origins) -> gs.Node:
         domain=proto.domain,
     )
     before = {k: list(v) if isinstance(v, list) else v for k, v in attrs.items()}
-    origins.nodes[id(node)] = NodeOrigin(node, proto, before)
+    origin = origins.nodes[id(node)] = NodeOrigin(node, proto, before)
+    if proto.name:
+        origins.named[proto.name] = None if proto.name in origins.named else origin
     return node
 
 

@@ -20,7 +20,7 @@ from onnx import (
 )
 
 from pwopt.errors import ModelError
-from pwopt.roundtrip.reading import GraphOrigin, NodeOrigin, Origins, defined, used
+from pwopt.roundtrip.reading import GraphOrigin, Origins, defined, used
 from pwopt.roundtrip.tensors import SMALL, TensorValues, encoded, named
 from pwopt.roundtrip.variables import write_value
 
@@ -120,7 +120,7 @@ class _Writer:
         return [constant for key, constant in constants.items() if key not in outer]
 
     def _write_node(self, node: gs.Node, visible: set[int]) -> NodeProto:
-        origin = self.origins.nodes.get(id(node)) or NodeOrigin(node, NodeProto(), {})
+        origin = self.origins.of(node)
         proto = NodeProto()
         proto.CopyFrom(origin.proto)
         for name, value in (("op_type", node.op), ("name", node.name), ("domain", node.domain)):

@@ -904,10 +904,13 @@ def test_the_layer_keeps_its_name_and_others_their_notes() -> None:
     model = parse(text)
     layer, _, relu = model.proto.graph.node
     layer.name, relu.name = "stem", "act"
-    relu.doc_string = "a note"
-    relu.metadata_props.add(key="scope", value="net.0")
+    for node in (layer, relu):
+        node.doc_string = "a note"
+        node.metadata_props.add(key="scope", value="net.0")
     graph = folded(model).proto.graph
     assert [node.name for node in graph.node] == ["stem", "act"]
+    assert graph.node[0].doc_string == "a note"
+    assert graph.node[0].metadata_props == layer.metadata_props
     assert graph.node[1] == relu
     assert [info.name for info in graph.value_info] == ["u"]
 

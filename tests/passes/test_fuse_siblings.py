@@ -192,7 +192,7 @@ def test_types(kind: str) -> None:
         ("dilations=[2,3]", "dilations=[1,1]"),
         ("dilations=[2,3]", "kernel_shape=[1,1]"),
         ('auto_pad="SAME_UPPER"', 'auto_pad="VALID"'),
-        ('auto_pad="SAME_LOWER", strides=[2,3]', "strides=[2,3]"),
+        ('auto_pad="SAME_LOWER", strides=[2,1]', "strides=[2,1]"),
         ('auto_pad="NOTSET", pads=[0,1,2,0]', "pads=[0,1,2,0]"),
         ("group=1", "strides=[1,1]"),
     ],
@@ -344,6 +344,16 @@ def test_auto_pad_and_pads_contradict_each_other() -> None:
     assert apply(parse(text), FUSE).reasons == {"y": ALONE, "z": reason}
 
 
+@pytest.mark.parametrize("pad", ["SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize("stride", [3, 4, 5])
+def test_onnxruntime_may_crop_for_a_large_stride(pad: str, stride: int) -> None:
+    strides = f"strides=[1,{stride}]"
+    text = f'{HEADER} {WEIGHTS} {{ y = Conv<auto_pad="{pad}", {strides}>(x, w, b)'
+    text += f"  z = Conv<{strides}>(x, v, c) }}"
+    reason = f"auto_pad={pad} with such strides crops"
+    assert apply(parse(text), FUSE).reasons == {"y": reason, "z": ALONE}
+
+
 def test_groups() -> None:
     text = f"{HEADER} <float[6,4,1,1] w, float[6,2,1,1] v>"
     outcome = apply(parse(f"{text} {{ y = Conv(x, w)  z = Conv<group=2>(x, v) }}"), FUSE)
@@ -459,7 +469,7 @@ def graphs(draw: st.DrawFn) -> Model:
 def geometries(draw: st.DrawFn, axes: int) -> dict[str, Any]:
     """Draw the attributes of a Conv, most often the same ones, such as onnxruntime takes."""
     attributes: dict[str, Any] = {}
-    strides = draw(st.sampled_from([None, None, 1, 2, 3]))
+    strides = draw(st.sampled_from([None, None, 1, 2, 3, 4, 5]))
     if strides:
         attributes["strides"] = [strides] * axes
     auto_pad = draw(st.sampled_from([None] * 6 + ["NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"]))

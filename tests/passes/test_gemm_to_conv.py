@@ -457,7 +457,7 @@ def test_a_weight_that_others_read_keeps_its_name(other: str) -> None:
     outcome = apply(parse(text), CONVERT)
     assert {n: w.shape for n, w in values(outcome.proto).items()} == {
         "w": (24, 5),
-        "w_2": (5, 4, 3, 2),
+        "y.weight": (5, 4, 3, 2),
     }
 
 
@@ -468,7 +468,7 @@ def test_a_weight_that_is_an_output_keeps_its_name() -> None:
     """
     outcome = apply(parse(text), CONVERT)
     assert outcome.rewrote == ["y"]
-    assert values(outcome.proto)["w_2"].shape == (5, 4, 3, 2)
+    assert values(outcome.proto)["y.weight"].shape == (5, 4, 3, 2)
 
 
 def test_constant_nodes_become_initializers() -> None:

@@ -265,6 +265,16 @@ def test_what_says_nothing_about_a_kernel_of_1(attributes: str) -> None:
     assert_same_numbers(outcome.model, model)
 
 
+@pytest.mark.parametrize("names", [("conv", "pool"), ("same", "same"), ("", "")])
+def test_nodes_keep_their_notes_where_names_tell_them_apart(names: tuple[str, str]) -> None:
+    model = parse(f"{HEADER} {WEIGHTS} {{ t = Conv(x, w, b)  y = GlobalAveragePool(t) }}")
+    for node, name in zip(model.proto.graph.node, names, strict=True):
+        node.name, node.doc_string = name, f"about {node.op_type}"
+    found = {n.op_type: n.doc_string for n in apply(model, POOL).proto.graph.node}
+    conv, pool = ("about Conv", "about GlobalAveragePool") if len(set(names)) == 2 else ("", "")
+    assert found == {"GlobalAveragePool": pool, "Conv": conv}
+
+
 def test_a_pool_moves_up_a_whole_chain() -> None:
     text = """
     g (float[N,4,8,8] x) => (float[] y)

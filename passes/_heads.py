@@ -3,35 +3,41 @@
 The maths and the conditions stand in `gemm_to_conv`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from pwopt.graph import Names, constant, is_only_reader, is_op, is_output, producer
+from pwopt.constants import Array
+from pwopt.graph import (
+    Names,
+    constant,
+    is_only_reader,
+    is_op,
+    is_output,
+    known_constant,
+    leaves,
+    like,
+    optional_input,
+    producer,
+)
 from pwopt.model import Model
+from pwopt.operators import BINARY, UNARY, is_one_output, is_over_space, is_training
 from pwopt.shapes import Shape
 
-Array = npt.NDArray[Any]
+from ._reshaping import Reshaping
 
 VIEWS = ("Flatten", "Reshape", "Squeeze")
 LAYERS = ("Gemm", "MatMul")
 SOFTMAX = ("Softmax", "LogSoftmax")
-ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Pow", "PRelu")
 POOLS = {
     "GlobalAveragePool": "AveragePool",
     "GlobalMaxPool": "MaxPool",
     "ReduceMean": "AveragePool",
 }
-ELEMENTWISE = (
-    *("Abs", "Celu", "Clip", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish"),
-    *("Identity", "LeakyRelu", "Log", "Mish", "Neg", "Reciprocal", "Relu", "Selu", "Sigmoid"),
-    *("Softplus", "Softsign", "Sqrt", "Tanh", "ThresholdedRelu"),
-)
 
 
 class Map(NamedTuple):
@@ -101,7 +107,7 @@ class Lifting:
         self.reasons: dict[int, str] = {}
         """Node → why it is not lifted."""
         self._names = Names(model)
-        self._constants: list[tuple[gs.Constant, gs.Constant]] = []  # old, new
+        self._reshaping = Reshaping(self.graph, self._names)
 
     # -- finding ------------------------------------------------------------------------------
 
@@ -139,7 +145,7 @@ class Lifting:
         if len(shape) > 5:
             return f"the map before it has {len(shape) - 2} spatial axes"
         if node.op == "ReduceMean":
-            mean = is_mean_over_space(node, len(shape))
+            mean = is_over_space(node, len(shape))
             channels, *space = shape[1:]
             if not (mean and channels and (all(space) or not self.dense)):
                 return None
@@ -187,9 +193,7 @@ class Lifting:
     def _lifted(self, node: gs.Node, maps: Mapping[int, Map]) -> Layer | Map | str | None:
         if is_op(node, *LAYERS):
             return self._layer(node, maps)
-        if any(t.outputs or is_output(self.graph, t) for t in node.outputs[1:]):
-            return None
-        if not self._is_elementwise(node, maps):
+        if not (is_one_output(self.graph, node) and self._is_elementwise(node, maps)):
             return None
         lifted = [maps[id(tensor)] for tensor in node.inputs if id(tensor) in maps]
         same = all(other == lifted[0] for other in lifted)
@@ -214,10 +218,8 @@ class Lifting:
         add = self._add_behind(node, channels) if node.op == "MatMul" else None
         bias: Array | str | None = None
         if add is not None:
-            added = constant(_operand(add, node.outputs[0]))
-            assert added is not None  # or it were no bias
-            bias = _per_channel(added.values, channels)
-        elif len(node.inputs) > 2 and not node.inputs[2].is_empty():
+            bias = _per_channel(known_constant(_operand(add, node.outputs[0])).values, channels)
+        elif optional_input(node, 2) is not None:
             bias = _gemm_bias(node, channels)
         if isinstance(bias, str):
             return bias
@@ -246,7 +248,7 @@ class Lifting:
         """Tell whether `node` does to each element of rows what it does to each of maps."""
         first, *others = node.inputs
         rows = maps.get(id(first))
-        if is_op(node, *ARITHMETIC):
+        if is_op(node, *BINARY):
             lifted = next(maps[id(t)] for t in node.inputs if id(t) in maps)
             operands = [constant(t) for t in node.inputs if id(t) not in maps]
             return (
@@ -257,15 +259,14 @@ class Lifting:
         if rows is None or any(id(tensor) in maps for tensor in others):
             return False
         if is_op(node, "Dropout"):
-            return _is_inference(node, self.graph.opset)
+            return not is_training(node, self.graph.opset)
         if is_op(node, "BatchNormalization"):
-            attrs = node.attrs
-            trains = attrs.get("training_mode", 0) or not attrs.get("is_test", self.graph.opset > 6)
-            return rows.is_pixel and not trains and bool(attrs.get("spatial", 1))
+            trains = is_training(node, self.graph.opset)
+            return rows.is_pixel and not trains and bool(node.attrs.get("spatial", 1))
         if is_op(node, *SOFTMAX):  # before opset 13 it would run over positions, too
             along = node.attrs.get("axis", -1) in (1, -1)
             return self.dense and self.graph.opset >= 13 and rows.is_pixel and along
-        return is_op(node, *ELEMENTWISE)
+        return is_op(node, *UNARY)
 
     # -- building -----------------------------------------------------------------------------
 
@@ -277,7 +278,7 @@ class Lifting:
         for member in head.members:
             old += [member.node] if isinstance(member, Layer) else [member]
             old += [member.add] if isinstance(member, Layer) and member.add else []
-        inside = {id(node) for node in (*front, *old)}
+        inside = [*front, *old]
         new: list[gs.Node] = []
         maps: dict[int, gs.Tensor] = {}
         if head.root.op == "ReduceMean":
@@ -290,7 +291,7 @@ class Lifting:
         else:
             transpose = None if head.maps[id(rows)].is_plain else producer(source)
             maps[id(rows)] = transpose.inputs[0] if transpose else source
-            if self._leaves(rows, inside):
+            if leaves(self.graph, rows, inside):
                 front = []
             elif transpose and is_only_reader(self.graph, head.root, source):
                 front = [transpose, *front]
@@ -309,22 +310,19 @@ class Lifting:
     def _map(self, rows: gs.Tensor) -> gs.Variable:
         return gs.Variable(self._names.tensor(f"{rows.name}.map"), rows.dtype)
 
-    def _leaves(self, tensor: gs.Tensor, inside: set[int]) -> bool:
-        return is_output(self.graph, tensor) or any(id(n) not in inside for n in tensor.outputs)
-
     def _sizes_of(self, view: gs.Node) -> list[gs.Node]:
         """List the nodes that only compute the shape which a Reshape gives its map."""
         owned: list[gs.Node] = []
-        inside = {id(view)}
+        inside = [view]
 
         def visit(tensor: gs.Tensor) -> None:
             node = producer(tensor)
             if node is None or tensor is view.inputs[0]:
                 return
-            if any(self._leaves(output, inside) for output in node.outputs):
+            if any(leaves(self.graph, output, inside) for output in node.outputs):
                 return
             owned.append(node)
-            inside.add(id(node))
+            inside.append(node)
             for above in () if is_op(node, "Shape") else node.inputs:
                 visit(above)
 
@@ -337,10 +335,10 @@ class Lifting:
         return self.dense and is_output(self.graph, rows) and head.maps[id(rows)].is_pixel
 
     def _exit(
-        self, rows: gs.Tensor, map_: gs.Tensor, head: Head, inside: set[int]
+        self, rows: gs.Tensor, map_: gs.Tensor, head: Head, inside: Sequence[gs.Node]
     ) -> list[gs.Node]:
         """Make rows for those outside who want them, or hand out the map."""
-        if not self._leaves(rows, inside):
+        if not leaves(self.graph, rows, inside):
             return []
         if self._is_prediction(rows, head):
             return [gs.Node("Identity", self._names.node(rows.name), {}, [map_], [rows])]
@@ -350,64 +348,40 @@ class Lifting:
     def _mean(self, node: gs.Node, output: gs.Tensor) -> gs.Node:
         if self.dense:
             return window(node, output, self.known)
-        attrs = {**node.attrs, "keepdims": 1}
-        return gs.Node(node.op, node.name, attrs, list(node.inputs), [output], node.domain)
+        return like(node, node.inputs, output, {**node.attrs, "keepdims": 1})
 
     def _convolution(
-        self, layer: Layer, maps: Mapping[int, gs.Tensor], inside: set[int]
+        self, layer: Layer, maps: Mapping[int, gs.Tensor], inside: Sequence[gs.Node]
     ) -> gs.Node:
         node, output = layer.node, layer.output
         same = node.attrs.get("alpha", 1.0) == 1
         name = f"{output.name}.weight"
-        weight = self._constant(node.inputs[1], layer.weight, same, name, inside)
+        weight = self._reshaping.make(node.inputs[1], layer.weight, name, inside, same=same)
         inputs = [maps[id(node.inputs[0])], weight]
         if layer.bias is not None:
             old = _operand(layer.add, node.outputs[0]) if layer.add else node.inputs[2]
             same = node.attrs.get("beta", 1.0) == 1
-            inputs.append(self._constant(old, layer.bias, same, f"{output.name}.bias", inside))
+            name = f"{output.name}.bias"
+            inputs.append(self._reshaping.make(old, layer.bias, name, inside, same=same))
         attrs = {"kernel_shape": list(layer.weight.shape[2:])}
         return gs.Node("Conv", node.name, attrs, inputs, [maps[id(output)]], node.domain)
 
-    def _constant(
-        self, tensor: gs.Tensor, values: Array, same: bool, name: str, inside: set[int]
-    ) -> gs.Constant:
-        """Make an initialiser; layers that share the old one share the new one.
-
-        If `same`, the values are the old ones in another shape, and it takes over the old name
-        where nobody else reads that, or returns the old one where the shape is the same, too.
-        """
-        old = constant(tensor)
-        assert old is not None  # a layer has constant weights
-        same = same and tensor is old and values.size == prod(old.shape)
-        if same and values.shape == old.shape:
-            return old
-        made = [new for other, new in self._constants if other is old]
-        for new in made:
-            if np.array_equal(new.values, values, equal_nan=True):
-                return new
-        name = old.name if same else name
-        if not same or self._leaves(old, inside) or any(new.name == name for new in made):
-            name = self._names.tensor(name)
-        new = gs.Constant(name, values)
-        self._constants.append((old, new))
-        return new
-
     def _elementwise(
-        self, node: gs.Node, head: Head, maps: Mapping[int, gs.Tensor], inside: set[int]
+        self, node: gs.Node, head: Head, maps: Mapping[int, gs.Tensor], inside: Sequence[gs.Node]
     ) -> gs.Node:
         output = node.outputs[0]
         inputs = [maps.get(id(tensor), tensor) for tensor in node.inputs]
         attrs = dict(node.attrs)
         if is_op(node, *SOFTMAX):
             attrs["axis"] = 1
-        if is_op(node, *ARITHMETIC):
+        if is_op(node, *BINARY):
             for i, tensor in enumerate(node.inputs):
                 value = constant(tensor)
                 if value is not None and value.shape and prod(value.shape) > 1:
                     along = value.values.reshape(head.maps[id(output)].sizes)
                     name = f"{output.name}.operand"
-                    inputs[i] = self._constant(tensor, along, True, name, inside)
-        return gs.Node(node.op, node.name, attrs, inputs, [maps[id(output)]], node.domain)
+                    inputs[i] = self._reshaping.make(tensor, along, name, inside)
+        return like(node, inputs, maps[id(output)], attrs)
 
 
 def _plain(sizes: tuple[int, ...]) -> Map:
@@ -465,25 +439,6 @@ def _scaled(values: Array, factor: float) -> Array | None:
         return values
     scaled: Array = (values.astype(np.float64) * factor).astype(values.dtype)
     return scaled if np.isfinite(scaled).all() else None
-
-
-def _is_inference(dropout: gs.Node, opset: int) -> bool:
-    """Tell whether a Dropout does nothing (ONNX operators, versions 1 to 22)."""
-    if opset < 7 and not dropout.attrs.get("is_test", 0):
-        return False
-    if len(dropout.inputs) < 3 or dropout.inputs[2].is_empty():
-        return True
-    training = constant(dropout.inputs[2])
-    return training is not None and not training.values.any()
-
-
-def is_mean_over_space(node: gs.Node, rank: int) -> bool:
-    """Tell whether a ReduceMean of a map with `rank` axes goes over all but the first two."""
-    axes = node.attrs.get("axes")
-    if len(node.inputs) > 1:  # from opset 18 on
-        given = constant(node.inputs[1])
-        axes = None if given is None else given.values.tolist()
-    return axes is not None and sorted(axis % rank for axis in axes) == list(range(2, rank))
 
 
 def window(node: gs.Node, output: gs.Tensor, known: Mapping[str, Shape]) -> gs.Node:

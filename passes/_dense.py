@@ -13,20 +13,11 @@ from pwopt.editing import Edit
 from pwopt.errors import ModelError
 from pwopt.graph import constant, is_only_reader, is_op, is_output, producer, replace
 from pwopt.model import Model
+from pwopt.operators import BROADCASTING, UNARY, is_over_space, is_same, is_training
 from pwopt.rewriting import Context, Event
 from pwopt.shapes import Binding, Shape
 
-from .heads import (
-    ARITHMETIC,
-    ELEMENTWISE,
-    LAYERS,
-    POOLS,
-    SOFTMAX,
-    VIEWS,
-    Lifting,
-    is_mean_over_space,
-    window,
-)
+from ._heads import LAYERS, POOLS, SOFTMAX, VIEWS, Lifting, window
 
 
 def make_dense(model: Model, context: Context) -> Iterator[Event]:
@@ -108,7 +99,7 @@ def _pools_all(node: gs.Node, known: Mapping[str, Shape]) -> bool:
         return False
     shape = known.get(node.inputs[0].name, ())
     if node.op == "ReduceMean" and not (
-        node.attrs.get("keepdims", 1) and is_mean_over_space(node, len(shape))
+        node.attrs.get("keepdims", 1) and is_over_space(node, len(shape))
     ):
         return False
     return 3 <= len(shape) <= 5 and _are_ints(shape[2:])
@@ -191,7 +182,7 @@ def _is_local(
     """Tell whether `node` does the same at every place of its maps, however large they are."""
     first, *others = node.inputs
     rank = len(known.get(node.outputs[0].name, ()))
-    if is_op(node, *ARITHMETIC, "Max", "Min", "Sum"):
+    if is_op(node, *BROADCASTING):
         constants = [constant(tensor) for tensor in node.inputs if id(tensor) not in maps]
         uniform = all(c is not None and prod(c.shape[-(rank - 2) :]) == 1 for c in constants)
         return uniform and rank > 2 and "axis" not in node.attrs
@@ -204,15 +195,15 @@ def _is_local(
     if is_op(node, "MaxPool"):
         return len(node.outputs) == 1  # indices count through one map
     if is_op(node, "BatchNormalization"):
-        return not node.attrs.get("training_mode", 0) and len(node.outputs) == 1
+        return not is_training(node, opset) and len(node.outputs) == 1
     if is_op(node, "Transpose"):
         return any(first is image for image in images) and _space(first).start == 1
-    return is_op(node, *ELEMENTWISE, "Conv", "AveragePool", "LpPool", "LRN", "Pad")
+    return is_op(node, *UNARY, "Dropout", "Conv", "AveragePool", "LpPool", "LRN", "Pad")
 
 
 def _is_padded(node: gs.Node) -> bool:
     attrs = node.attrs
-    if attrs.get("auto_pad", "NOTSET").startswith("SAME") or attrs.get("ceil_mode", 0):
+    if is_same(node) or attrs.get("ceil_mode", 0):
         return True
     return is_op(node, "Pad") or any(attrs.get("pads", ()))
 
