@@ -97,16 +97,6 @@ def replace(graph: gs.Graph, node: gs.Node, replacement: Sequence[gs.Node]) -> N
         remove_if_unread(graph, tensor)
 
 
-def set_input(graph: gs.Graph, node: gs.Node, index: int, tensor: gs.Tensor) -> None:
-    """Make `tensor` the input number `index` of `node`, and remove what nobody reads any more."""
-    if index == len(node.inputs):
-        node.inputs.append(tensor)
-        return
-    old = node.inputs[index]
-    node.inputs[index] = tensor
-    remove_if_unread(graph, old)
-
-
 def remove_if_unread(graph: gs.Graph, tensor: gs.Tensor) -> None:
     """Remove the node that writes `tensor` if nobody reads it, and what only that one needed."""
     node = producer(tensor)

@@ -1,6 +1,6 @@
 """Whether an edit pays, and whether it is right at its own site."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from pwopt.errors import ModelError, PwoptError
 from pwopt.model import Model
 from pwopt.proof import difference
 from pwopt.rewriting import Judgement
-from pwopt.shapes import bind, infer_types
+from pwopt.shapes import InputShapes, bind, infer_types
 from pwopt.site import extract, neighbours
 
 Gate = Literal["measured", "macs", "always"]
@@ -47,7 +47,7 @@ class SiteJudge:
         self,
         gate: Gate,
         *,
-        shapes: Mapping[str, Sequence[int]] | None = None,
+        shapes: InputShapes | None = None,
         threads: int = 1,
         batch: int = 1,
     ) -> None:

@@ -1,6 +1,6 @@
 """The proof of an exact rewrite: the whole model against the original, in onnxruntime."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import onnxruntime as ort
@@ -24,9 +24,7 @@ SIZES = ((1, 0), (3, 32), (1, 33))
 _TINY = float(np.finfo(np.float32).tiny)
 
 
-def prove(
-    original: Model, rewritten: Model, shapes: Mapping[str, Sequence[int]] | None = None
-) -> float:
+def prove(original: Model, rewritten: Model, shapes: InputShapes | None = None) -> float:
     """Run both models on random inputs, at the `SIZES` that the original leaves open.
 
     Sizes beyond the first are left out where the original itself does not take them.
@@ -93,9 +91,7 @@ def difference(model: str, name: str, before: runtime.Array, after: runtime.Arra
     return relative
 
 
-def _bindings(
-    model: Model, shapes: Mapping[str, Sequence[int]] | None
-) -> Iterator[dict[str, tuple[int, ...]]]:
+def _bindings(model: Model, shapes: InputShapes | None) -> Iterator[dict[str, tuple[int, ...]]]:
     """Yield the input shapes to try; `shapes` as given, else what is open varied."""
     declared = {i.name: i.shape for i in inputs(model)}
     for batch, growth in SIZES:

@@ -32,6 +32,25 @@ Array = npt.NDArray[Any]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+RANDOM_GRAPHS = 2000 if os.environ.get("CI") else 150
+"""How many random graphs are drawn around each exact pass."""
+
+SMALL: dict[str, dict[str, int]] = {
+    "project_features": {"size": 16, "width": 32},
+    "decrease_features": {"size": 16, "width": 32, "projection": 4},
+    "increase_features": {"size": 16, "width": 32, "projection": 64},
+    "seven_by_seven": {"size": 8, "in_channels": 32, "channels": 4},
+    "seven_by_seven_reduced": {"size": 8, "in_channels": 32, "bottleneck": 4, "channels": 4},
+    "twenty_filters": {"size": 20},
+    "network_in_network": {"width": 24},
+    "googlenet": {"size": 64, "classes": 10},
+    "resnet50": {"size": 64, "width": 8, "classes": 10},
+    "squeezenet": {"size": 64, "classes": 10},
+    "densenet121": {"size": 64, "growth": 8, "classes": 10},
+    "vgg16": {"size": 32, "width": 8, "classes": 10},
+}
+"""Small variants of the networks in BUILDERS; who is not named is small enough as it is."""
+
 ASSETS = Path(os.environ.get("PWOPT_ASSETS") or REPOSITORY.parent / "shared" / "assets")
 """Pretrained networks with their data; too large for the repository."""
 

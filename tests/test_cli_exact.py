@@ -118,6 +118,8 @@ def test_exact_first_then_bottlenecks(net: Path) -> None:
         (["--exact", "--pipeline", "fold-affine"], "or else --pipeline SPEC"),
         (["--gate", "macs", "--bottleneck", 8], "--gate goes with --exact"),
         (["--gate", "macs", "--pipeline", "fold-affine"], "--gate goes with --exact"),
+        (["--batch", 8, "--bottleneck", 8], "--batch goes with --exact"),
+        (["--threads", 1, "--pipeline", "fold-affine"], "--threads goes with --exact"),
         (["--exact", "--gate", "guess"], "'guess' is not one of"),
         (["--exact", "--sides", "both"], "--sides goes with --bottleneck"),
         (["--exact", "--batch", 0], "0 is not in the range"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers import parse, random_feeds, run
+from helpers import SMALL, parse, random_feeds, run
 
 import pwopt
 from pwopt.errors import ModelError, PwoptError, SpecError
@@ -156,22 +156,6 @@ def test_before_and_after_are_the_sizes_of_the_two_models() -> None:
 # -- every network ----------------------------------------------------------------------------
 
 RANK = 4
-
-# Small variants, as in tests/models/test_builders.py.
-SMALL: dict[str, dict[str, int]] = {
-    "project_features": {"size": 16, "width": 32},
-    "decrease_features": {"size": 16, "width": 32, "projection": 4},
-    "increase_features": {"size": 16, "width": 32, "projection": 64},
-    "seven_by_seven": {"size": 8, "in_channels": 32, "channels": 4},
-    "seven_by_seven_reduced": {"size": 8, "in_channels": 32, "bottleneck": 4, "channels": 4},
-    "twenty_filters": {"size": 20},
-    "network_in_network": {"width": 24},
-    "googlenet": {"size": 64, "classes": 10},
-    "resnet50": {"size": 64, "width": 8, "classes": 10},
-    "squeezenet": {"size": 64, "classes": 10},
-    "densenet121": {"size": 64, "growth": 8, "classes": 10},
-    "vgg16": {"size": 32, "width": 8, "classes": 10},
-}
 
 
 def build(name: str) -> pwopt.Model:

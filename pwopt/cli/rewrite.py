@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from pwopt.cli.options import json_option, shape_option, threads_option
 
@@ -52,7 +53,9 @@ GATES: tuple["Gate", ...] = ("measured", "macs", "always")
 @click.option("--pipeline", metavar="SPEC", help="Passes to run instead; see pwopt passes.")
 @shape_option
 @json_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     model: Path,
     output: Path | None,
     bottleneck: int | None,
@@ -75,8 +78,9 @@ def command(
         raise click.UsageError(
             "--sides goes with --bottleneck; in a pipeline write bottleneck{rank=R,sides=SIDES}."
         )
-    if gate is not None and not exact:
-        raise click.UsageError("--gate goes with --exact.")
+    for option in ("gate", "threads", "batch"):
+        if not exact and ctx.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{option} goes with --exact.")
 
     if output is None and model.exists() and not (model.is_file() or model.is_dir()):
         raise click.UsageError("Say with -o where the result goes: the model is no plain file.")

@@ -6,27 +6,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from helpers import SMALL
 from numpy.typing import NDArray
 from onnx import numpy_helper, shape_inference
 
 from pwopt.models import BUILDERS, worked_example_input
 from pwopt.models.layers import Net
 
-# Small variants; whoever is not named here is small enough as it is.
-SMALL: dict[str, dict[str, int]] = {
-    "project_features": {"size": 16, "width": 32},
-    "decrease_features": {"size": 16, "width": 32, "projection": 4},
-    "increase_features": {"size": 16, "width": 32, "projection": 64},
-    "seven_by_seven": {"size": 8, "in_channels": 32, "channels": 4},
-    "seven_by_seven_reduced": {"size": 8, "in_channels": 32, "bottleneck": 4, "channels": 4},
-    "twenty_filters": {"size": 20},
-    "network_in_network": {"width": 24},
-    "googlenet": {"size": 64, "classes": 10},
-    "resnet50": {"size": 64, "width": 8, "classes": 10},
-    "squeezenet": {"size": 64, "classes": 10},
-    "densenet121": {"size": 64, "growth": 8, "classes": 10},
-    "vgg16": {"size": 32, "width": 8, "classes": 10},
-}
 SEEDED = sorted(set(BUILDERS) - {"worked_example"})
 
 

@@ -1,12 +1,12 @@
 """conv-to-gemm: which convolutions become matrix products, what comes along, what is left alone."""
 
-import os
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from helpers import (
+    RANDOM_GRAPHS,
     Outcome,
     apply,
     assert_close,
@@ -1088,7 +1088,7 @@ def _drawn_conv(
     return helper.make_node("Conv", inputs, [name], group=group, **attributes), [wide, *after]
 
 
-@settings(max_examples=2000 if os.environ.get("CI") else 150)
+@settings(max_examples=RANDOM_GRAPHS)
 @given(drawn=heads(), general=st.booleans())
 def test_random_graphs(drawn: tuple[Model, int], general: bool) -> None:
     model, side = drawn

@@ -1,6 +1,5 @@
 """fold-affine: what is folded, how exactly, and what is left alone for which reason."""
 
-import os
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy.typing as npt
 import pytest
 from helpers import (
     ASSETS,
+    RANDOM_GRAPHS,
     Outcome,
     apply,
     assert_close,
@@ -35,7 +35,6 @@ Array = npt.NDArray[Any]
 
 FOLD = FoldAffine()
 
-CI = bool(os.environ.get("CI"))
 
 HEADER = "conv (float[N,4,7,7] x) => (float[N,6,5,5] y)"
 
@@ -1044,7 +1043,7 @@ def gemms(draw: st.DrawFn) -> Layer:
     return shapes, node, [rows, columns]
 
 
-@settings(max_examples=2000 if CI else 150, derandomize=CI, deadline=None)
+@settings(max_examples=RANDOM_GRAPHS)
 @given(model=graphs())
 def test_random_graphs(model: Model) -> None:
     outcome = apply(model, FOLD)

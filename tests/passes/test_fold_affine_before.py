@@ -1,6 +1,5 @@
 """fold-affine-before: what folds forward, how exactly, and what stays for which reason."""
 
-import os
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy.typing as npt
 import pytest
 from helpers import (
     ASSETS,
+    RANDOM_GRAPHS,
     Outcome,
     apply,
     assert_pass,
@@ -33,7 +33,6 @@ Array = npt.NDArray[Any]
 
 FOLD = FoldAffineBefore()
 
-CI = bool(os.environ.get("CI"))
 
 HEADER = "conv (float[N,4,7,7] x) => (float[N,6,5,5] y)"
 
@@ -611,7 +610,7 @@ def _model(nodes: list[Any], weights: dict[str, Array], outputs: list[str]) -> M
     return checked(helper.make_model(graph, opset_imports=opsets, ir_version=8))
 
 
-@settings(max_examples=2000 if CI else 150, derandomize=CI, deadline=None)
+@settings(max_examples=RANDOM_GRAPHS)
 @given(model=graphs())
 def test_random_graphs(model: Model) -> None:
     outcome = apply(model, FOLD)

@@ -1,10 +1,9 @@
 """fold-pad: which padding moves, that it pads the same, and what stays for which reason."""
 
-import os
-
 import numpy as np
 import pytest
 from helpers import (
+    RANDOM_GRAPHS,
     apply,
     assert_close,
     assert_pass,
@@ -27,7 +26,6 @@ from pwopt.rewriting import Judgement
 
 FOLD = FoldPad()
 
-CI = bool(os.environ.get("CI"))
 
 HEADER = "pad (float[N,4,7,7] x) => (float[] y)"
 
@@ -467,7 +465,7 @@ def windows(draw: st.DrawFn, op: str) -> dict[str, object]:
     return attributes
 
 
-@settings(max_examples=2000 if CI else 150, derandomize=CI, deadline=None)
+@settings(max_examples=RANDOM_GRAPHS)
 @given(model=graphs())
 def test_random_graphs(model: Model) -> None:
     outcome = apply(model, FOLD)

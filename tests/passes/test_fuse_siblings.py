@@ -1,12 +1,12 @@
 """fuse-siblings: what is fused, to the bit, and what is left alone for which reason."""
 
-import os
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from helpers import (
+    RANDOM_GRAPHS,
     Outcome,
     apply,
     assert_close,
@@ -481,7 +481,7 @@ def geometries(draw: st.DrawFn, axes: int) -> dict[str, Any]:
     return attributes
 
 
-@settings(max_examples=2000 if os.environ.get("CI") else 150)
+@settings(max_examples=RANDOM_GRAPHS)
 @given(model=graphs())
 def test_random_graphs(model: Model) -> None:
     expected = run(model, random_feeds(model))

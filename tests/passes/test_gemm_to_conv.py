@@ -1,6 +1,5 @@
 """gemm-to-conv: which layers become convolutions, how exactly, what stays for which reason."""
 
-import os
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import onnx
 import pytest
 from helpers import (
     ASSETS,
+    RANDOM_GRAPHS,
     apply,
     assert_close,
     assert_pass,
@@ -1066,9 +1066,7 @@ def graphs(draw: st.DrawFn) -> Model:
     return checked(helper.make_model(graph, opset_imports=opsets, ir_version=8))
 
 
-EXAMPLES = settings(
-    max_examples=2000 if os.environ.get("CI") else 150, derandomize="CI" in os.environ
-)
+EXAMPLES = settings(max_examples=RANDOM_GRAPHS)
 
 
 @EXAMPLES

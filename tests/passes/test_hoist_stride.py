@@ -1,6 +1,5 @@
 """hoist-stride: how far a stride moves up, how exactly, and what keeps it where it is."""
 
-import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import (
     ASSETS,
+    RANDOM_GRAPHS,
     Outcome,
     apply,
     assert_close,
@@ -769,7 +769,7 @@ def networks(draw: Callable[..., Any]) -> Any:
     return network.model()
 
 
-@settings(max_examples=2000 if os.environ.get("CI") else 150)
+@settings(max_examples=RANDOM_GRAPHS)
 @given(networks())
 def test_random_networks(model: Model) -> None:
     outcome = apply(model, HOIST)

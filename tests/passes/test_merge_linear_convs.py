@@ -1,6 +1,5 @@
 """merge-linear-convs: what merges, how exactly, and what is left alone for which reason."""
 
-import os
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy.typing as npt
 import pytest
 from helpers import (
     ASSETS,
+    RANDOM_GRAPHS,
     Outcome,
     apply,
     assert_close,
@@ -966,7 +966,7 @@ def matrices(draw: st.DrawFn, shape: list[int], i: int) -> Layer:
     return node, shapes, [rows, wide]
 
 
-@settings(max_examples=2000 if os.environ.get("CI") else 150)
+@settings(max_examples=RANDOM_GRAPHS)
 @given(model=graphs())
 def test_random_graphs(model: Model) -> None:
     before = model.to_proto().SerializeToString(deterministic=True)

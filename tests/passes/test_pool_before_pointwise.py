@@ -1,12 +1,12 @@
 """pool-before-pointwise: what moves, how exactly, and what stays for which reason."""
 
-import os
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from helpers import (
+    RANDOM_GRAPHS,
     apply,
     assert_close,
     assert_pass,
@@ -605,7 +605,7 @@ def windows(draw: st.DrawFn, sizes: list[int], *, dilated: bool) -> dict[str, An
     return attributes
 
 
-@settings(max_examples=2000 if os.environ.get("CI") else 150)
+@settings(max_examples=RANDOM_GRAPHS)
 @given(model=graphs())
 def test_random_graphs(model: Model) -> None:
     outcome = apply(model, POOL)
