@@ -28,7 +28,8 @@ import onnx_graphsurgeon as gs
 from pwopt import lowrank, shapes
 from pwopt.candidates import MIN_CHANNELS, Candidate, Choice, candidate, check_rank
 from pwopt.errors import SpecError
-from pwopt.graph import Names, constant, is_op, optional_input, replace
+from pwopt.graph import Names, is_op, known_constant, replace
+from pwopt.linear import initializers, split
 from pwopt.model import Model
 from pwopt.rewriting import Context, Event, Pass
 
@@ -67,7 +68,7 @@ class Bottleneck(Pass):
         check_rank(model, self.rank)
         known = shapes.infer(model, shapes.bind(model, context.shapes))
         names = Names(model)
-        factors: dict[tuple[int, str], dict[str, gs.Constant]] = {}
+        splits: dict[tuple[int, str], dict[str, gs.Constant]] = {}
         for node in [node for node in model.graph.nodes if is_op(node, "Conv")]:
             where = node.outputs[0].name
             found = candidate(
@@ -81,61 +82,16 @@ class Bottleneck(Pass):
             if isinstance(found, str):
                 yield Event("skipped", where, found)
                 continue
-            weight = constant(node.inputs[1])
-            assert weight is not None  # a candidate has a constant weight
+            weight = known_constant(node.inputs[1])
             key = (id(weight), found.sides)
-            if key not in factors:  # shared weights stay shared
-                factors[key] = _weights(weight, found, where, names)
-            if not np.isfinite(factors[key]["core"].values).all():
+            if key not in splits:  # shared weights stay shared
+                factors = lowrank.Splitter(weight.values).split(found.sides, found.rank)
+                splits[key] = initializers(node, factors, names)
+            if not np.isfinite(splits[key]["core"].values).all():
                 yield Event("skipped", where, f"the split would not be finite in {weight.dtype}")
                 continue
-            replace(model.graph, node, _split(node, factors[key], names))
+            replace(model.graph, node, split(node, splits[key], names))
             yield _rewrote(where, found)
-
-
-def _weights(
-    weight: gs.Constant, found: Candidate, where: str, names: Names
-) -> dict[str, gs.Constant]:
-    """Split a weight; return part → initialiser, in the order in which the parts run."""
-    factors = lowrank.Splitter(weight.values).split(found.sides, found.rank)
-    parts = {"reduce": factors.reduce, "core": factors.core, "expand": factors.expand}
-    return {
-        part: gs.Constant(names.tensor(f"{where}.{part}.weight"), values)
-        for part, values in parts.items()
-        if values is not None
-    }
-
-
-def _split(node: gs.Node, weights: dict[str, gs.Constant], names: Names) -> list[gs.Node]:
-    """Make the convolutions that take the place of `node`; the last one writes its output."""
-    output = node.outputs[0]
-    tensor, bias = node.inputs[0], _bias(node, names)
-    node.outputs.clear()
-    nodes = []
-    *_, last = weights
-    for part, weight in weights.items():
-        attrs = dict(node.attrs) if part == "core" else {}
-        attrs["kernel_shape"] = list(weight.shape[2:])
-        inputs = [tensor, weight]
-        if part == last:
-            inputs += bias
-            tensor = output
-        else:
-            tensor = gs.Variable(names.tensor(f"{output.name}.{part}"), output.dtype)
-        name = names.node(f"{node.name or output.name}.{part}")
-        nodes.append(gs.Node("Conv", name, attrs, inputs, [tensor], node.domain))
-    return nodes
-
-
-def _bias(node: gs.Node, names: Names) -> list[gs.Tensor]:
-    """Return the bias input, as an initialiser where it is constant, for fast kernels need that."""
-    bias = optional_input(node, 2)
-    if bias is None:
-        return []
-    value = constant(bias)
-    if value is None or value is bias:
-        return [bias]
-    return [gs.Constant(names.tensor(f"{node.outputs[0].name}.bias"), value.values)]
 
 
 def _rewrote(where: str, found: Candidate) -> Event:

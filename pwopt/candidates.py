@@ -16,7 +16,8 @@ import onnx_graphsurgeon as gs
 from pwopt import cost, lowrank
 from pwopt.cost import ConvSize, Sides, Split
 from pwopt.errors import ModelError, SpecError
-from pwopt.graph import constant, is_op, label, optional_input, producer, shape_of
+from pwopt.graph import constant, is_op, label, producer, shape_of
+from pwopt.linear import conv_size, grouped, wrong_type
 from pwopt.model import Model
 from pwopt.shapes import Shape
 
@@ -31,8 +32,6 @@ LEAST_SPEEDUP = 1.1
 
 AIM = 2.0
 """Where no rank is given, the largest rank that makes the layer this many times faster is it."""
-
-_NOMINAL_SIZE = 28  # output positions along each axis that is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +89,12 @@ def candidate(
     weight = constant(node.inputs[1])
     if weight is None:
         return "weight is not a constant"
-    if prod(weight.shape[2:]) > 1 and _has_bottleneck(node):
+    if prod(weight.shape[2:]) > 1 and has_bottleneck(node):
         return "has a 1×1 bottleneck already"
     if weight.dtype.kind != "f":
-        return f"weight is {weight.dtype.name}: only float16, float32 and float64 are split"
+        return wrong_type(weight)
     where = f"{model.name}: layer '{label(node)}'"
-    conv = _conv_size(node, weight, shapes)
+    conv = conv_size(node, weight, shapes)
     read = shape_of(node.inputs[0], shapes)
     if read is not None and read[1] not in (None, conv.in_channels):
         raise ModelError(
@@ -151,8 +150,7 @@ def _price(conv: ConvSize, option: Candidate) -> tuple[float, int]:
 
 def _unsplittable(conv: ConvSize, min_channels: int) -> str | None:
     if conv.groups > 1:
-        kind = "depthwise" if conv.groups == conv.in_channels else "grouped"
-        return f"{kind}: {conv.groups} groups"
+        return grouped(conv)
     if prod(conv.kernel) == 1:
         return f"{'×'.join(map(str, conv.kernel))} already"
     if conv.in_channels < min_channels:
@@ -208,7 +206,7 @@ def _kept_energy(weight: gs.Constant, where: str) -> Energy:
     return lambda sides, rank: splitter().kept_energy(sides, rank)
 
 
-def _has_bottleneck(node: gs.Node) -> bool:
+def has_bottleneck(node: gs.Node) -> bool:
     """Tell whether a narrowing 1×1 stands right before a Conv, or a widening one right behind."""
     before, output = producer(node.inputs[0]), node.outputs[0]
     narrows = before is not None and _pointwise_widening(before) < 0
@@ -221,23 +219,3 @@ def _pointwise_widening(node: gs.Node) -> int:
     if weight is None or prod(weight.shape[2:]) > 1 or node.attrs.get("group", 1) > 1:
         return 0
     return int(weight.shape[0] - weight.shape[1])
-
-
-def _conv_size(node: gs.Node, weight: gs.Constant, shapes: Mapping[str, Shape]) -> ConvSize:
-    """Describe a Conv; where its map's size is not known, as one of a common size."""
-    out_channels, in_channels, *kernel = weight.shape
-    groups = node.attrs.get("group", 1)
-    read, written = (cost.positions(shape_of(t, shapes)) for t in (node.inputs[0], node.outputs[0]))
-    if read is None or written is None:
-        strides = node.attrs.get("strides", [1] * len(kernel))
-        written = _NOMINAL_SIZE ** len(kernel)
-        read = written * prod(strides)
-    return ConvSize(
-        in_channels=in_channels * groups,
-        out_channels=out_channels,
-        kernel=tuple(kernel),
-        groups=groups,
-        bias=optional_input(node, 2) is not None,
-        input_positions=read,
-        output_positions=written,
-    )

@@ -24,3 +24,9 @@ class SpecError(PwoptError):
     """An unknown pass, option or value: wrong usage (exit code 2)."""
 
     exit_code = 2
+
+
+class BoundError(PwoptError):
+    """A speed, accuracy or size that cannot be reached (exit code 3)."""
+
+    exit_code = 3

@@ -83,12 +83,19 @@ class Model:
         """
         return self._origins.graph
 
+    @property
+    def _is_imported(self) -> bool:
+        """Whether somebody asked for the graph, and may have edited it."""
+        return "_origins" in self.__dict__
+
     def to_proto(self) -> ModelProto:
         """Write the model as it is now; external weights still refer to their files.
 
         Equal to `proto`, field by field, if nothing was edited. Entries of value_info that an
         edit made untrue are left out.
         """
+        if not self._is_imported:
+            return _copied(self.proto)
         proto = roundtrip.write(self._origins)
         if proto.graph.value_info:
             now = self.skeleton()
@@ -102,9 +109,16 @@ class Model:
         Enough to check it and to infer shapes: small tensors stay, since shapes may be computed
         from them. Costs no copy of the weights, those in subgraphs left aside.
         """
-        edited = "_origins" in self.__dict__
-        proto = roundtrip.write(self._origins, weights=False) if edited else self.proto
-        return without_weights(proto, self.folder)
+        if not self._is_imported:
+            return without_weights(self.proto, self.folder)
+        return without_weights(roundtrip.write(self._origins, weights=False), self.folder)
+
+    def serialized(self) -> bytes | None:
+        """Return the model as `to_proto` writes it, in bytes; None if that is more than 2 GB.
+
+        Without a copy of the message where nobody asked for the graph.
+        """
+        return _serialized(self.to_proto() if self._is_imported else self.proto)
 
     def metadata(self) -> dict[str, str]:
         """Return the entries of the model's metadata (`metadata_props`)."""
@@ -139,27 +153,43 @@ class Model:
             ModelError: the edited graph is not valid, or too large for one file.
             PwoptError: the file cannot be written.
         """
-        path = Path(path)
-        proto = self.to_proto()
         self.check()
-        data = None if external.tensors(self.proto) else serialized(proto)
+        self.write(Path(path))
+
+    def write(self, path: Path) -> None:
+        """Write the model as `save` does, valid or not: outputs may lack their types, say.
+
+        Raises:
+            ModelError: too large for one file.
+            PwoptError: the file cannot be written.
+        """
+        data = None if external.tensors(self.proto) else self.serialized()
         if data is not None:
             _write(data, path)
             return
+        proto = self.to_proto()
         with external.moved_out(proto, self.folder, path):
-            data = serialized(proto)
+            data = _serialized(proto)
             if data is None:
                 raise ModelError(f"{path}: larger than 2 GB even without its weights")
             _write(data, path)
 
 
-def serialized(proto: ModelProto) -> bytes | None:
+def _serialized(proto: ModelProto) -> bytes | None:
     """Return the bytes of a model file; None if that is more than one message may be."""
     try:
         data = proto.SerializeToString()
     except (EncodeError, ValueError):
         return None
     return data if len(data) <= PROTOBUF_LIMIT else None
+
+
+def _copied(proto: ModelProto) -> ModelProto:
+    """Copy a message; a ModelError tells of text that is not UTF-8."""
+    copy = ModelProto()
+    roundtrip.copy_fields(proto, copy, without={"graph"})
+    roundtrip.copy_fields(proto.graph, copy.graph, without=set())
+    return copy
 
 
 def _write(data: bytes, path: Path) -> None:

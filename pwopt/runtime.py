@@ -13,10 +13,13 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from pwopt.errors import ModelError
-from pwopt.model import Model, serialized
+from pwopt.model import Model
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
+
+LARGE = 1 << 28
+"""Bytes of a model that a session is given, and keeps; a larger one is loaded from a file."""
 
 RESAMPLES = 2000
 """Bootstrap samples behind the interval of a speed-up."""
@@ -50,18 +53,18 @@ def session(
         options.profile_file_prefix = str(profile)
     if not isinstance(model, Model):
         return _load(str(model), options, str(model))
-    proto = model.to_proto()
-    data = serialized(proto)
-    if data is None:
-        with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
-            path = Path(folder) / "model.onnx"
-            Model(proto, path=model.path).save(path)
-            return _load(str(path), options, model.name)
-    if model.folder:
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", model.folder
-        )
-    return _load(data, options, model.name)
+    data = model.serialized()
+    if data is not None and len(data) <= LARGE:
+        if model.folder:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", model.folder
+            )
+        return _load(data, options, model.name)
+    del data
+    with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
+        path = Path(folder) / "model.onnx"
+        model.write(path)
+        return _load(str(path), options, model.name)
 
 
 def _load(source: str | bytes, options: ort.SessionOptions, name: str) -> ort.InferenceSession:

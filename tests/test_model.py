@@ -184,6 +184,7 @@ def test_external_weights_are_read_when_asked_for(
 def test_weights_nobody_asks_for_are_not_read(external: Path) -> None:
     model = Model.load(external)
     external.with_name("weights.bin").unlink()
+    assert model.graph.nodes
     assert model.to_proto() == model.proto
     with pytest.raises(ModelError, match=r"weight 'w' cannot be read: .*weights\.bin"):
         weights(model)
@@ -633,5 +634,9 @@ def test_text_that_is_not_utf8_is_refused() -> None:
     of_model.MergeFromString(b"\x32" + text)
     of_graph.graph.MergeFromString(b"\x52" + text)
     for proto in (of_model, of_graph):
+        model = Model(proto)
         with pytest.raises(ModelError, match="doc_string is not UTF-8 text"):
-            Model(proto).to_proto()
+            model.to_proto()
+        assert model.graph.nodes
+        with pytest.raises(ModelError, match="doc_string is not UTF-8 text"):
+            model.to_proto()

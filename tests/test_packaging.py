@@ -16,7 +16,17 @@ PACKAGES = {
     "pwopt": REPOSITORY / "pwopt",
 }
 
-HEAVY = {"numpy", "onnx", "onnxruntime", "onnx_graphsurgeon", "rich", "PIL"}
+HEAVY = {
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnx_graphsurgeon",
+    "rich",
+    "PIL",
+    "highspy",
+    "matplotlib",
+    "scipy",
+}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -73,12 +74,19 @@ def test_session_reads_external_weights_of_an_edited_model(tmp_path: Path) -> No
         np.testing.assert_array_equal(y, expected)
 
 
-def test_session_beyond_the_limit_of_protobuf(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("module", "limit"), [(pwopt.model, "PROTOBUF_LIMIT"), (runtime, "LARGE")])
+def test_session_of_a_large_model(
+    module: ModuleType, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = residual(16)  # its kernels take 9 kB
-    expected = runtime.run(runtime.session(model), feed(16), name="m")["y"]
-    monkeypatch.setattr(pwopt.model, "PROTOBUF_LIMIT", 5_000)
-    y = runtime.run(runtime.session(model), feed(16), name="m")["y"]
-    np.testing.assert_array_equal(y, expected)
+    del model.proto.graph.output[:]
+    model.proto.graph.output.add(name="c")  # of unknown type
+    expected = runtime.run(runtime.session(model), feed(16), name="m")["c"]
+    monkeypatch.setattr(module, limit, 5_000)
+    for _ in range(2):
+        y = runtime.run(runtime.session(model), feed(16), name="m")["c"]
+        np.testing.assert_array_equal(y, expected)
+        assert model.graph.nodes  # and once more with the graph imported
 
 
 def test_session_finds_weights_beside_a_link_to_the_model(tmp_path: Path) -> None:

@@ -28,11 +28,13 @@ class Factors:
     """A split weight: `expand` ∘ `core` ∘ `reduce` ≈ the original.
 
     Shapes: reduce (r, Cin, 1, …), core (Cout or r, Cin or r, *kernel), expand (Cout, r, 1, …).
+    `bias`, of shape (Cout,), is that of the last factor; None where the layer's own stays.
     """
 
     core: Array
     reduce: Array | None = None
     expand: Array | None = None
+    bias: Array | None = None
 
 
 class Splitter:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from pwopt.checking import Verdict
 from pwopt.comparing import Accuracy, Equivalence
-from pwopt.report.style import bare_table, json_text, scaled, show
+from pwopt.report.style import bare_table, json_text, milliseconds, minus, number, scaled, show
 
 
 def to_json(verdict: Verdict) -> str:
@@ -63,8 +63,8 @@ def _rows(verdict: Verdict) -> Iterator[tuple[str, str, str, str]]:
     threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
     yield (
         "latency",
-        _milliseconds(latency.original_ms),
-        _milliseconds(latency.rewritten_ms),
+        milliseconds(latency.original_ms),
+        milliseconds(latency.rewritten_ms),
         f"{latency.speedup:.2f}× [{low:.2f}, {high:.2f}], {threads}, batch {latency.batch}",
     )
     if cost:
@@ -82,7 +82,7 @@ def _accuracy(accuracy: Accuracy) -> tuple[str, str, str, str]:
         accuracy.metric,
         f"{accuracy.original:.2f} %",
         f"{accuracy.rewritten:.2f} %",
-        f"{_signed(-accuracy.drop_points)} points [{_signed(-high)}, {_signed(-low)}]",
+        f"{_points(-accuracy.drop_points)} points [{_points(-high)}, {_points(-low)}]",
     )
 
 
@@ -96,15 +96,11 @@ def _outputs(equivalence: Equivalence) -> Text:
         numbers = f"SNR {equivalence.snr_db:.1f} dB, cosine {equivalence.cosine:.6f}"
         text = (
             f"outputs differ by up to {equivalence.max_abs:.3g} "
-            f"({100 * equivalence.max_rel:.3g} % of the largest), {_minus(numbers)}"
+            f"({100 * equivalence.max_rel:.3g} % of the largest), {minus(numbers)}"
         )
     if equivalence.nonfinite_both:
         text += f"; {equivalence.nonfinite_both:,} values are NaN or infinite in both"
     return Text(text)
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def _amounts(
@@ -118,11 +114,5 @@ def _amounts(
     return name, scaled(before, unit), scaled(after, unit), change
 
 
-def _signed(value: float) -> str:
-    """Format with a sign; a true minus, and none for zero."""
-    text = _minus(f"{value:+.2f}")
-    return "0.00" if text[1:] == "0.00" else text
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "−")
+def _points(change: float) -> str:
+    return number(change, "+.2f")

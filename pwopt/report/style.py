@@ -57,3 +57,19 @@ def scaled(amount: float, unit: str = "") -> str:
             digits = 2 if value < 10 else 1 if value < 100 else 0
             return f"{value:.{digits}f} {prefix}{unit}"
     return f"{amount:.0f} {unit}".rstrip()
+
+
+def milliseconds(value: float) -> str:
+    """Write a latency to three digits or whole milliseconds: 0.123 ms, 12.3 ms, 1,234 ms."""
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def number(value: float, form: str) -> str:
+    """Write a number in a format such as "+.2f", with a true minus and no sign for zero."""
+    text = format(value, form)
+    return minus(text) if float(text) else text.lstrip("+-")
+
+
+def minus(text: str) -> str:
+    """Write hyphens as true minus signs."""
+    return text.replace("-", "−")

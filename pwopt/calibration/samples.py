@@ -1,0 +1,150 @@
+"""Which samples a model is calibrated on, and which of them it is judged by meanwhile."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pwopt.data import Batch, Samples, fixed_batch
+from pwopt.data.samples import Array, batched
+from pwopt.errors import DataError
+from pwopt.shapes import Input
+
+BATCH = 16
+"""Samples in a batch, where the model takes any number, …"""
+
+BATCH_BYTES = 4 << 20
+"""… or fewer, of so many bytes together: of 224×224 pixels, 6. Activations take a multiple."""
+
+FEWEST = 8
+"""With fewer samples there is nothing to learn from and to judge by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Batches to calibrate on, and others to judge by. All that is held in memory: the inputs."""
+
+    fit: list[Batch]
+    held_out: list[Batch]
+
+
+def calibration_samples(source: Samples, limit: int = 1024, held_out: float = 0.25) -> Calibration:
+    """Choose at most `limit` samples, and hold every 1/`held_out`-th batch of them back.
+
+    Where the source knows how many it has, the samples are spread evenly over it: a folder sorted
+    by class gives all classes. Otherwise the first ones are taken. They are mixed before they are
+    cut into small batches (of what the model demands, then perhaps filled up). The same source
+    gives the same batches.
+
+    The inputs of all samples stay in memory: 1,024 images of 224×224 pixels take 617 MB.
+
+    Raises:
+        DataError: fewer than 8 samples, or samples that do not fit the model.
+    """
+    groups = _alike(_chosen(source, limit), source.inputs)
+    count = sum(len(group) for group in groups)
+    if count < FEWEST:
+        raise DataError(
+            f"{source.name}: {count} samples are too few to calibrate on; give at least {FEWEST}, "
+            "better 256 to 1,024"
+        )
+    largest = max(sum(a.nbytes for a in group[0].feeds.values()) for group in groups)
+    size = fixed_batch(source.inputs) or min(BATCH, BATCH_BYTES // largest)
+    size = max(1, min(size, int(count * min(held_out, 1 - held_out))))
+    batches = [batch for group in groups for batch in _cut(group, size, source)]
+    turns = [int((i + 1) * held_out) > int(i * held_out) for i in range(len(batches))]
+    return Calibration(
+        fit=[b for b, turn in zip(batches, turns, strict=True) if not turn],
+        held_out=[b for b, turn in zip(batches, turns, strict=True) if turn],
+    )
+
+
+def spread(total: int, count: int, rng: np.random.Generator) -> Array:
+    """Draw `count` of the numbers below `total`, one out of each of `count` equal stretches.
+
+    Even like every n-th, but blind to what repeats every n (the columns of an image, say). They
+    rise; all of them are given where `count` is not less than `total`.
+    """
+    if count >= total:
+        return np.arange(total)
+    edges = np.arange(count + 1) * total // count
+    return rng.integers(edges[:-1], edges[1:])
+
+
+def fed_rows(inputs: Sequence[Input], batch: Batch) -> int:
+    """Count the rows of a batch, with those that fill it up."""
+    return next((len(batch.feeds[name]) for name in batched(inputs)), batch.samples)
+
+
+def real(array: Array, rows: int, samples: int) -> Array:
+    """Leave away what belongs to the last `rows` − `samples` rows of a feed, which only fill it up.
+
+    The first axis must count rows, or a number of positions for each row, one row after the other.
+    Of any other array nothing is left away.
+    """
+    if rows == samples or not array.ndim or len(array) % rows:
+        return array
+    return array[: len(array) // rows * samples]
+
+
+def _chosen(source: Samples, limit: int) -> Iterator[Batch]:
+    """Yield the samples that are chosen, one by one."""
+    chosen = np.arange(limit)
+    if source.count is not None:
+        chosen = spread(source.count, limit, np.random.default_rng(0))
+    counted, start = batched(source.inputs), 0
+    for batch in source:
+        for row in chosen[(chosen >= start) & (chosen < start + batch.samples)] - start:
+            one = slice(row, row + 1)
+            feeds = {n: a[one].copy() if n in counted else a for n, a in batch.feeds.items()}
+            yield Batch(feeds, None if batch.labels is None else batch.labels[one], 1)
+        start += batch.samples
+        if start > chosen[-1]:
+            return
+
+
+def _alike(samples: Iterable[Batch], inputs: Sequence[Input]) -> list[list[Batch]]:
+    """Group the samples that can share a batch: rows of the same size, other inputs being equal."""
+    counted = batched(inputs)
+    groups: list[list[Batch]] = []
+    for sample in samples:
+        group = next((g for g in groups if counted and _can_join(g[0], sample, counted)), None)
+        if group is None:
+            groups.append([sample])
+        else:
+            group.append(sample)
+    return groups
+
+
+def _can_join(one: Batch, other: Batch, counted: Sequence[str]) -> bool:
+    return (one.labels is None) == (other.labels is None) and all(
+        a.shape[1:] == other.feeds[name].shape[1:]
+        if name in counted
+        else np.array_equal(a, other.feeds[name])
+        for name, a in one.feeds.items()
+    )
+
+
+def _cut(group: list[Batch], size: int, source: Samples) -> Iterator[Batch]:
+    """Mix the samples and cut them into batches, filled up where the model fixes the size.
+
+    The list is empty afterwards, so that each sample is in memory once.
+    """
+    np.random.default_rng(0).shuffle(group)
+    fixed = fixed_batch(source.inputs)
+    while group:
+        batch = _joined(group[-size:], source.inputs)
+        del group[-size:]
+        if fixed is not None:
+            batch = Batch(source.resize(batch.feeds, fixed), batch.labels, batch.samples)
+        yield batch
+
+
+def _joined(samples: Sequence[Batch], inputs: Sequence[Input]) -> Batch:
+    counted, first = batched(inputs), samples[0]
+    feeds = {
+        name: np.concatenate([s.feeds[name] for s in samples]) if name in counted else array
+        for name, array in first.feeds.items()
+    }
+    labels = [s.labels for s in samples if s.labels is not None]
+    return Batch(feeds, np.concatenate(labels) if labels else None, len(samples))

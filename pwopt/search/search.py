@@ -1,0 +1,329 @@
+"""The fastest model within the accuracy allowed, or the most accurate one at the speed wanted.
+
+A plan says at which option each layer is split: the least total harm that a budget of predicted
+time (and of MACs and parameters) allows. Harms of layers add up only roughly, and predicted times
+are not measured ones. So plans are built, fitted, timed and judged whole, and the budget is moved
+until the bound holds.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf, sqrt
+
+import numpy as np
+
+from pwopt import analysis, graph
+from pwopt.calibration.refit import refit
+from pwopt.cost import Split
+from pwopt.data import Batch
+from pwopt.linear import Linear
+from pwopt.lowrank import Factors
+from pwopt.model import Model
+from pwopt.runtime import Array
+from pwopt.search.allocation import Choice, allocate
+from pwopt.search.front import Point
+from pwopt.search.latency import Latencies, Option, nominal_factors
+from pwopt.search.yardstick import Yardstick
+from pwopt.shapes import InputShapes
+
+Progress = Callable[[str, int, int | None], None]
+Plan = Mapping[str, Option]
+
+WORST_HARM = 1.0
+"""Plans that are foretold to do more harm (nats, or relative error) are not worth building."""
+
+CLOSE = 1.04
+"""Speeds as close as this are not told apart any more."""
+
+STEPS = 6
+"""How often a budget is moved, at most, until a bound holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What the user wants; None does not bind.
+
+    Attributes:
+        speedup: At least so many times as fast as the original, measured.
+        max_drop: At most so many points of top-1 lost; without labels, of agreement.
+        max_macs: At most so many multiply-accumulates.
+        max_params: At most so many parameters.
+        confident: Let the upper end of the drop's 95 % interval meet `max_drop`.
+    """
+
+    speedup: float | None = None
+    max_drop: float | None = None
+    max_macs: int | None = None
+    max_params: int | None = None
+    confident: bool = False
+
+    def allow(self, point: Point) -> bool:
+        """Tell whether what a model has lost is within `max_drop`."""
+        lost = point.worst_loss if self.confident else point.loss
+        return self.max_drop is None or lost <= self.max_drop
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to have a layer; `option` is None for the layer as it is.
+
+    `time` is in the unit of the latencies, `harm` in nats or as a relative error.
+    """
+
+    where: str
+    option: Option | None
+    time: float
+    macs: int
+    params: int
+    harm: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """A plan that was built and judged."""
+
+    plan: Plan
+    model: Model
+    point: Point
+
+
+class Search:
+    """Plans for one model, and what became of those that were built.
+
+    Attributes:
+        trials: What was built so far.
+        put_back: Layers that are no longer split, and why.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        layers: Sequence[Linear],
+        latencies: Latencies,
+        harms: Mapping[str, Mapping[Option, float]],
+        batches: Sequence[Batch],
+        yardstick: Yardstick,
+        *,
+        shapes: InputShapes | None = None,
+        cores: int = 1,
+        progress: Progress | None = None,
+    ) -> None:
+        """Prepare a search.
+
+        Args:
+            model: The model that is split, its exact rewrites made; stays as it is.
+            layers: Layers of its graph that can be split.
+            latencies: Times of the layers and their options.
+            harms: What each option alone does to the outputs.
+            batches: Samples that splits are fitted to.
+            yardstick: What models are measured against.
+            shapes: Open axes of the inputs.
+            cores: Threads to fit with.
+            progress: Told how far it is.
+        """
+        self.trials: list[Trial] = []
+        self.put_back: dict[str, str] = {}
+        self._model = model
+        self._layers = layers
+        self._latencies = latencies
+        self._harms = harms
+        self._batches = batches
+        self._yardstick = yardstick
+        is_timed = latencies.unit == "ms"
+        self._gain = yardstick.speed(model).ratio if is_timed else yardstick.fewer_macs(model)
+        self._size = analysis.size(model, shapes)
+        self._cores = cores
+        self._progress = progress
+
+    def harm(self, where: str, option: Option) -> float:
+        """Return what a split alone does to the outputs; infinite where it is not known."""
+        return self._harms.get(where, {}).get(option, inf)
+
+    # -- plans --------------------------------------------------------------------------------
+
+    def plan(self, speedup: float, bounds: Bounds) -> Plan | None:
+        """Return the least harmful plan foretold to be so many times as fast; None if none is.
+
+        A speed-up of 0 does not bind.
+        """
+        limit = self._latencies.run_ms * self._gain / speedup if speedup else inf
+        return self._allocate(lambda way: way.harm, limit, inf, bounds)
+
+    def fastest(self, bounds: Bounds) -> float:
+        """Return the speed-up beyond which no plan is worth building; 0 if none is at all."""
+        plan = self._allocate(lambda way: way.time, inf, WORST_HARM, bounds)
+        return 0.0 if plan is None else 1 / self.predicted(plan)
+
+    def predicted(self, plan: Plan) -> float:
+        """Return what a plan is foretold to take, as a share of the original's time."""
+        run, layers = self._latencies.run_ms, self._latencies.layers
+        saved = sum(layers[w] - self._latencies.options[w][option] for w, option in plan.items())
+        return (run - saved) / (run * self._gain)
+
+    def ways(self, layer: Linear) -> list[Way]:
+        """List the ways to have a layer: as it is, or split at an option that pays."""
+        where, size = layer.where, layer.size
+        time = self._latencies.layers.get(where, 0.0)
+        found = [Way(where, None, time, size.macs, size.params, 0.0)]
+        if where in self.put_back:
+            return found
+        for option in self._latencies.paying(where):
+            split = Split(size, option.sides, option.rank)
+            faster = self._latencies.options[where][option]
+            harm = self.harm(where, option)
+            found.append(Way(where, option, faster, split.macs, split.params, harm))
+        return found
+
+    def _allocate(
+        self, minimise: Callable[[Way], float], time: float, harm: float, bounds: Bounds
+    ) -> Plan | None:
+        """Take the best way for every layer within limits of time and harm, and of size."""
+        ways = [self.ways(layer) for layer in self._layers]
+        unsplit = [found[0] for found in ways]
+        macs = inf
+        if bounds.max_macs is not None and self._size.macs is not None:
+            macs = bounds.max_macs - self._size.macs + sum(way.macs for way in unsplit)
+        params = inf
+        if bounds.max_params is not None:
+            params = bounds.max_params - self._size.params + sum(way.params for way in unsplit)
+        time += sum(way.time for way in unsplit) - self._latencies.run_ms
+        groups = [
+            [Choice(w, (w.time, w.harm, w.macs, w.params), minimise(w)) for w in found]
+            for found in ways
+        ]
+        taken = allocate(groups, (time, harm, macs, params))
+        if taken is None:
+            return None
+        return {way.where: way.option for way in taken if way.option is not None}
+
+    # -- models -------------------------------------------------------------------------------
+
+    def find(self, bounds: Bounds) -> Trial | None:
+        """Build the best model within the bounds; None where there is none.
+
+        The most accurate one at the speed wanted; else the fastest that loses no more than is
+        allowed; else the most accurate one of the size allowed. It may have no layer split.
+        """
+        if bounds.speedup is not None:
+            found = self._at_speed(bounds.speedup, bounds)
+        elif bounds.max_drop is not None:
+            found = self._within_drop(bounds)
+        else:
+            found = self._trial(self.plan(0, bounds))
+        return found if found is not None and bounds.allow(found.point) else None
+
+    def curve(self, points: int) -> None:
+        """Build models all the way from the model as it is to the fastest worth building."""
+        fastest = self.fastest(Bounds())
+        for speedup in np.geomspace(self._gain, max(fastest, self._gain), points):
+            self._trial(self.plan(speedup / 1.0001, Bounds()))
+
+    def _at_speed(self, speedup: float, bounds: Bounds) -> Trial | None:
+        """Build the least harmful model that is so many times as fast.
+
+        Speed is measured before anything is fitted, since it does not depend on values.
+        """
+        aim, best = speedup, None
+        for _ in range(STEPS):
+            plan = self.plan(aim, bounds)
+            if plan is None:
+                break
+            reached = self._speed(plan)
+            if reached >= speedup:
+                best = plan
+                if reached < CLOSE * speedup:
+                    break
+            aim *= sqrt(CLOSE) * speedup / reached
+        return self._trial(best)
+
+    def _within_drop(self, bounds: Bounds) -> Trial | None:
+        """Build the fastest model within the bounds.
+
+        Bisects the speed on a logarithmic scale: what is lost grows with it, by and large.
+        """
+        slow, fast = self._gain, self.fastest(bounds)
+        best = None
+        for _ in range(STEPS):
+            if fast < CLOSE * slow:
+                break
+            middle = sqrt(slow * fast)
+            trial = self._trial(self.plan(middle, bounds))
+            if trial is not None and bounds.allow(trial.point):
+                best, slow = trial, middle
+            else:
+                fast = middle
+        return best or self._trial(self.plan(0, bounds))
+
+    def _trial(self, plan: Plan | None) -> Trial | None:
+        """Build, fit, time and judge a plan, unless that was done before."""
+        if plan is None:
+            return None
+        plan = self._faster(plan)
+        for done in self.trials:
+            if done.plan == plan:
+                return done
+        factors = refit(
+            self._model,
+            self._layers,
+            self._splits(plan),
+            self._batches,
+            threads=self._cores,
+            progress=self._progress,
+        )
+        model = split_model(self._model, self._layers, factors)
+        ranks = {where: str(option) for where, option in plan.items()}
+        predicted = self.predicted(plan) if self._latencies.unit == "ms" else None
+        trial = Trial(plan, model, self._yardstick.point(model, predicted, ranks))
+        self.trials.append(trial)
+        return trial
+
+    def _faster(self, plan: Plan) -> Plan:
+        """Leave out of a plan, and of all later ones, layers that are not faster in its model."""
+        if self._latencies.unit != "ms" or not plan:
+            return plan
+        for where, (before, after) in self._yardstick.in_place(
+            self._model, self._layers, plan
+        ).items():
+            if after >= before:
+                self.put_back[where] = (
+                    f"did not get faster in the real model: {before / after:.2f}×"
+                )
+        return {where: option for where, option in plan.items() if where not in self.put_back}
+
+    def _speed(self, plan: Plan) -> float:
+        if self._latencies.unit != "ms":
+            return 1 / self.predicted(plan)
+        factors = {where: _random(split) for where, split in self._splits(plan).items()}
+        return self._yardstick.speed(split_model(self._model, self._layers, factors)).ratio
+
+    def _splits(self, plan: Plan) -> dict[str, Split]:
+        sizes = {layer.where: layer.size for layer in self._layers}
+        return {where: Split(sizes[where], o.sides, o.rank) for where, o in plan.items()}
+
+
+def _random(split: Split) -> Factors:
+    """Make factors of random numbers, of which only the time is of interest.
+
+    Equal ones would not do, since onnxruntime may keep equal weights once.
+    """
+    rng = np.random.default_rng(0)
+
+    def scattered(weight: Array | None) -> Array | None:
+        return None if weight is None else weight * rng.uniform(0.5, 1.5, weight.shape)
+
+    like = nominal_factors(split)
+    core = scattered(like.core)
+    assert core is not None
+    return Factors(core, scattered(like.reduce), scattered(like.expand))
+
+
+def split_model(model: Model, layers: Sequence[Linear], factors: Mapping[str, Factors]) -> Model:
+    """Return a copy of `model` in which layers are replaced by their factors."""
+    result = model.copy()
+    nodes = {node.outputs[0].name: node for node in result.graph.nodes if node.outputs}
+    names = graph.Names(result)
+    for layer in layers:
+        if layer.where in factors:
+            own = replace(layer, node=nodes[layer.where])
+            graph.replace(result.graph, own.node, own.split(factors[layer.where], names))
+    return result

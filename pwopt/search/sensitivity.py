@@ -1,0 +1,290 @@
+"""The harm that one split alone does to what the network computes, on samples held out.
+
+A walk through the network stops at each layer; what follows is loaded once, with the layer's weight
+and bias as inputs, and run with those that each split amounts to. The layer's own are fed in the
+same way, so that both sides of the comparison run in the same kernels.
+
+In memory are, beside those of the walk, the network from one layer on, the outputs of one batch,
+and some copies of one layer's weight: its own and up to `WEIGHTS` bytes of tried ones.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from math import inf, isfinite
+
+import numpy as np
+import numpy.typing as npt
+
+from pwopt import runtime
+from pwopt.calibration import Stop, Walk
+from pwopt.calibration.samples import fed_rows, real
+from pwopt.comparing import Outputs, class_scores
+from pwopt.data import Batch
+from pwopt.linear import Linear
+from pwopt.lowrank import Factors
+from pwopt.lowrank.calibrated import effective
+from pwopt.model import Model
+from pwopt.runtime import Array
+from pwopt.search.latency import Option
+from pwopt.shapes import inputs
+
+Progress = Callable[[str, int, int | None], None]
+Wide = npt.NDArray[np.float64]
+
+SAMPLES = 96
+"""Samples that are used, about: whole batches, taken evenly from those given."""
+
+FLOOR = 1e-9
+"""Harm below which interpolation, on a logarithmic scale, does not look."""
+
+WEIGHTS = 256 << 20
+"""Bytes of weights that are tried side by side; else the layer's own is run again for the next."""
+
+_LEAST_PROBABILITY = 1e-12
+_ROUNDING = 1e-12  # of sums of squares
+
+
+def measure(
+    model: Model,
+    layers: Sequence[Linear],
+    options: Mapping[str, Sequence[Option]],
+    split: Callable[[Linear, Option], Factors],
+    batches: Sequence[Batch],
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, dict[Option, float]]:
+    """Measure what each option of each layer does to the outputs, all other layers as they are.
+
+    The harm is E[KL(p ‖ p̂)], p the class probabilities of the network and p̂ those with the layer
+    split; they are the softmax of the class scores (`pwopt.comparing.class_scores`), unless these
+    are probabilities already. To that comes for each other output E‖y − ŷ‖² ÷ E‖y − ȳ‖², ȳ its
+    mean for each channel (axis 1), or for integers the share of values that differ.
+
+    For each form of split, the lowest, the middle and the highest rank are tried. The others are
+    interpolated linearly between the logarithms of rank and harm.
+
+    Args:
+        model: The network; stays as it is.
+        layers: Layers of its graph.
+        options: Those of each layer, by `Linear.where`; layers without any are left out.
+        split: Makes the factors of a layer at an option; asked layer by layer.
+        batches: Samples held out; rows that only fill up a batch do not count.
+        threads: Threads within one operator.
+        progress: Told how many splits are tried.
+
+    Returns:
+        Layer (`where`) → option → harm: 0 for none, infinite where values become NaN or infinite.
+        Layers that nobody reads, or that read constants alone, are missing.
+
+    Raises:
+        ModelError: onnxruntime cannot run the network.
+    """
+    split_layers = [layer for layer in layers if options.get(layer.where)]
+    if not split_layers:
+        return {}
+    chosen = _chosen(batches)
+    trial = _Trial(model, chosen, split, threads)
+    tried = {layer.where: _tried(options[layer.where]) for layer in split_layers}
+    done, total = 0, sum(map(len, tried.values()))
+    harms = {}
+    for stop in Walk(model, split_layers, chosen, threads=threads):
+        where = stop.layer.where
+        if progress:
+            progress("trying splits", done, total)
+        harms[where] = interpolated(options[where], trial.harms(stop, tried[where]))
+        done += len(tried[where])
+    if progress:
+        progress("trying splits", total, total)
+    return harms
+
+
+def interpolated(
+    options: Sequence[Option], measured: Mapping[Option, float]
+) -> dict[Option, float]:
+    """Return the harm of all options, given that of the lowest and highest rank of each form."""
+    harms = {}
+    for option in options:
+        known = sorted((o.rank, harm) for o, harm in measured.items() if o.sides == option.sides)
+        ranks, values = np.array(known, np.float64).T
+        logarithm = np.interp(np.log(option.rank), np.log(ranks), np.log(np.maximum(values, FLOOR)))
+        harms[option] = measured.get(option, float(np.exp(logarithm)))
+    return harms
+
+
+def _chosen(batches: Sequence[Batch]) -> list[Batch]:
+    """Pick batches evenly that have about `SAMPLES` samples together."""
+    samples = sum(batch.samples for batch in batches)
+    count = min(len(batches), max(1, len(batches) * SAMPLES // samples))
+    return [batches[round(index)] for index in np.linspace(0, len(batches) - 1, count)]
+
+
+def _tried(options: Sequence[Option]) -> list[Option]:
+    """Pick the lowest, the middle and the highest rank of each form of split."""
+    forms: dict[str, list[Option]] = defaultdict(list)
+    for option in sorted(options):
+        forms[option.sides].append(option)
+    picked = (found[i] for found in forms.values() for i in (0, len(found) // 2, -1))
+    return [*dict.fromkeys(picked)]
+
+
+class _Trial:
+    """Runs the network from a layer on, with other weights in that layer."""
+
+    def __init__(
+        self,
+        model: Model,
+        batches: Sequence[Batch],
+        split: Callable[[Linear, Option], Factors],
+        threads: int,
+    ) -> None:
+        declared = inputs(model)
+        self._name = model.name
+        self._split = split
+        self._threads = threads
+        self._sizes = [(fed_rows(declared, batch), batch.samples) for batch in batches]
+        whole = runtime.run(
+            runtime.session(model, threads=threads), batches[0].feeds, name=model.name
+        )
+        self._scores = class_scores(whole, self._sizes[0][0])
+
+    def harms(self, stop: Stop, options: Sequence[Option]) -> dict[Option, float]:
+        """Return the harm of each option of the layer that the walk stops at."""
+        tail = stop.tail()
+        session = runtime.session(tail.model, threads=self._threads)
+        weight, bias = np.ascontiguousarray(stop.layer.weight()), stop.layer.bias()
+        side_by_side = max(1, WEIGHTS // max(weight.nbytes, 1))
+
+        def run(frontier: Mapping[str, Array], weight: Array, bias: Array) -> Outputs:
+            feeds = {**frontier, tail.weight: weight, tail.bias: bias}
+            return runtime.run(session, feeds, name=self._name)
+
+        found: dict[Option, float] = {}
+        for start in range(0, len(options), side_by_side):
+            group = options[start : start + side_by_side]
+            students = {o: _effective(self._split(stop.layer, o), weight, bias) for o in group}
+            harms = {option: Harm(self._scores) for option in group}
+            for (rows, samples), (frontier, _) in zip(self._sizes, stop.feeds(), strict=True):
+                teacher = _real(run(frontier, weight, bias), rows, samples)
+                for option, own in students.items():
+                    harms[option].add(teacher, _real(run(frontier, *own), rows, samples))
+            found |= {option: harm.value for option, harm in harms.items()}
+        return found
+
+
+def _effective(factors: Factors, weight: Array, bias: Array) -> tuple[Array, Array]:
+    """Return weight and bias that the factors amount to, of the types of the layer's own.
+
+    What the factors hold that is not finite makes all of them NaN.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        try:
+            own = effective(factors, bias, np.promote_types(weight.dtype, np.float32))
+        except ValueError:
+            return np.full_like(weight, np.nan), np.full_like(bias, np.nan)
+        return (
+            np.ascontiguousarray(own[0], weight.dtype),
+            np.ascontiguousarray(own[1], bias.dtype),
+        )
+
+
+def _real(outputs: Outputs, rows: int, samples: int) -> dict[str, Array]:
+    return {name: real(array, rows, samples) for name, array in outputs.items()}
+
+
+def divergence(teacher: Outputs, student: Outputs) -> float:
+    """Return how far all of a student's outputs are from the teacher's, one row for a sample.
+
+    The measure is that of `measure`.
+    """
+    harm = Harm(class_scores(teacher, len(next(iter(teacher.values())))))
+    harm.add(teacher, student)
+    return harm.value
+
+
+class Harm:
+    """How far a student's outputs are from the teacher's, batch by batch; see `measure`."""
+
+    def __init__(self, scores: str | None) -> None:
+        """Start with nothing; `scores` names the output that holds class scores, if any."""
+        self._scores = scores
+        self._divergence = 0.0
+        self._samples = 0
+        self._errors: dict[str, _RelativeError] = defaultdict(_RelativeError)
+
+    def add(self, teacher: Outputs, student: Outputs) -> None:
+        """Add a batch. A student's output of another shape than the teacher's counts as zeros."""
+        for name, wanted in teacher.items():
+            given = student[name]
+            if given.shape != wanted.shape:
+                given = np.zeros_like(wanted)
+            with np.errstate(invalid="ignore", over="ignore"):
+                if name == self._scores:
+                    self._divergence += float(_divergence(wanted, given).sum())
+                    self._samples += len(wanted)
+                else:
+                    self._errors[name].add(wanted, given)
+
+    @property
+    def value(self) -> float:
+        """The sum over outputs; infinite where it is not a number."""
+        harm = max(self._divergence, 0.0) / max(self._samples, 1)
+        harm += sum(error.value for error in self._errors.values())
+        return harm if isfinite(harm) else inf
+
+
+def _divergence(teacher: Array, student: Array) -> Wide:
+    """Return KL(p ‖ p̂) of each sample in nats, of scores (samples, classes, 1, …).
+
+    Scores are taken as probabilities where the teacher's are: not negative, their sum 1.
+    """
+    wanted, given = (a.reshape(len(a), -1).astype(np.float64) for a in (teacher, student))
+    are_probabilities = (wanted >= 0).all() and np.allclose(wanted.sum(axis=1), 1, atol=1e-3)
+    log = _logarithms if are_probabilities else _log_softmax
+    p, q = log(wanted), log(given)
+    result: Wide = np.where(np.isneginf(p), 0, np.exp(p) * (p - q)).sum(axis=1)
+    return result
+
+
+def _logarithms(probabilities: Wide) -> Wide:
+    result: Wide = np.log(np.maximum(probabilities, _LEAST_PROBABILITY))
+    return result
+
+
+def _log_softmax(scores: Wide) -> Wide:
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    result: Wide = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+class _RelativeError:
+    """E‖y − ŷ‖² ÷ E‖y − ȳ‖² of one output."""
+
+    def __init__(self) -> None:
+        self._error = 0.0
+        self._squares = 0.0
+        self._sums: Wide | float = 0.0
+        self._count = 0
+
+    def add(self, teacher: Array, student: Array) -> None:
+        """Add a batch of the same shape."""
+        wanted, given = teacher.astype(np.float64), student.astype(np.float64)
+        if teacher.dtype.kind != "f":  # numbers of classes, say: right or wrong
+            self._error += float((wanted != given).sum())
+            self._squares += wanted.size
+            return
+        self._error += float(((wanted - given) ** 2).sum())
+        self._squares += float((wanted**2).sum())
+        others = tuple(axis for axis in range(wanted.ndim) if axis != 1)
+        self._sums += wanted.sum(axis=others)
+        self._count += wanted.size // (wanted.shape[1] if wanted.ndim > 1 else 1)
+
+    @property
+    def value(self) -> float:
+        """Relative to the variance; to the squares, where the output does not vary."""
+        if not self._error:
+            return 0.0
+        variance = self._squares - float(np.sum(np.square(self._sums))) / max(self._count, 1)
+        if variance <= _ROUNDING * self._squares:
+            variance = self._squares
+        return self._error / variance if variance else inf

@@ -1,0 +1,179 @@
+"""How fast a model is against the original, and what it lost, on samples that did not make it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pwopt import analysis, runtime
+from pwopt.calibration.samples import fed_rows, real
+from pwopt.comparing import class_scores
+from pwopt.data import Batch
+from pwopt.linear import Linear
+from pwopt.model import Model
+from pwopt.runtime import Array, Feeds
+from pwopt.search import latency
+from pwopt.search.front import Interval, Point
+from pwopt.search.latency import Plan
+from pwopt.search.sensitivity import Harm
+from pwopt.shapes import InputShapes, inputs
+
+RESAMPLES = 2_000
+
+SECONDS = 3.0
+"""How long a model and the original are timed in turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Measured latency: the original's ÷ the model's own, both timed in turn."""
+
+    ratio: float
+    ci95: Interval
+    original_ms: float
+    model_ms: float
+
+
+class Yardstick:
+    """Holds the original against which models are measured.
+
+    The samples come in groups of equal size: as they are, then as shifted copies, in the same
+    order; an interval then knows that copies of one sample are no new evidence.
+    """
+
+    def __init__(
+        self,
+        original: Model,
+        groups: Sequence[Sequence[Batch]],
+        feeds: Feeds,
+        *,
+        shapes: InputShapes | None = None,
+        threads: int = 1,
+        cores: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """Run the original on all samples.
+
+        Args:
+            original: The model as it came.
+            groups: Batches of the samples as they are, and of each of their copies.
+            feeds: What latencies are measured on.
+            shapes: Open axes of the inputs, to count MACs.
+            threads: Threads that latencies are measured with.
+            cores: Threads for all else.
+            seed: Of the bootstrap.
+
+        Raises:
+            ModelError: onnxruntime cannot run the model.
+        """
+        self._original = original
+        self._session = runtime.session(original, threads=threads)
+        self._groups = groups
+        self._feeds = feeds
+        self._shapes = shapes
+        self._threads = threads
+        self._cores = cores
+        self._seed = seed
+        self._expected = [self._outputs(original, group) for group in groups]
+        first = self._expected[0]
+        self._scores = class_scores(first, len(next(iter(first.values()))))
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are, copies not counted."""
+        return sum(batch.samples for batch in self._groups[0])
+
+    def speed(self, model: Model) -> Speed:
+        """Time a model against the original."""
+        sessions = [self._session, runtime.session(model, threads=self._threads)]
+        timing = runtime.interleave(sessions, self._feeds, seconds=SECONDS)
+        found = timing.speedup(0, 1, seed=self._seed)
+        return Speed(found.ratio, found.ci95, *timing.median_ms)
+
+    def fewer_macs(self, model: Model) -> float:
+        """Return the original's MACs ÷ the model's; 1 where they are not known."""
+        before, after = (analysis.size(m, self._shapes).macs for m in (self._original, model))
+        return before / after if before and after else 1.0
+
+    def in_place(
+        self, model: Model, layers: Sequence[Linear], plan: Plan
+    ) -> dict[str, tuple[float, float]]:
+        """Time the layers of a plan, see `latency.in_place`."""
+        return latency.in_place(model, layers, plan, self._feeds, threads=self._threads)
+
+    def point(self, model: Model, predicted: float | None, ranks: Mapping[str, str]) -> Point:
+        """Time and judge a model. `predicted` is its share of the original's latency, if known.
+
+        Raises:
+            ModelError: onnxruntime cannot run the model.
+        """
+        speed = self.speed(model)
+        size = analysis.size(model, self._shapes)
+        results = [self._outputs(model, group) for group in self._groups]
+        harm = Harm(self._scores)
+        for expected, result in zip(self._expected, results, strict=True):
+            harm.add(expected, result)
+        drop, agreement = self._drop(results), self._agreement(results)
+        return Point(
+            speedup=speed.ratio,
+            speedup_ci95=speed.ci95,
+            predicted_ms=None if predicted is None else predicted * speed.original_ms,
+            measured_ms=speed.model_ms,
+            macs=size.macs,
+            params=size.params,
+            drop_points=None if drop is None else 100 * float(drop.mean()),
+            drop_ci95=None if drop is None else self._interval(100 * drop),
+            agreement=None if agreement is None else float(agreement.mean()),
+            agreement_ci95=None if agreement is None else self._interval(agreement),
+            error=harm.value,
+            ranks=ranks,
+        )
+
+    def _outputs(self, model: Model, batches: Sequence[Batch]) -> dict[str, Array]:
+        """Run a model on all samples of a group."""
+        session = runtime.session(model, threads=self._cores)
+        declared = inputs(model)
+        parts = []
+        for batch in batches:
+            outputs = runtime.run(session, batch.feeds, name=model.name)
+            rows = fed_rows(declared, batch)
+            parts.append({n: real(array, rows, batch.samples) for n, array in outputs.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _classes(self, outputs: Mapping[str, Array]) -> npt.NDArray[np.int64]:
+        assert self._scores is not None
+        scores = outputs[self._scores]
+        classes: npt.NDArray[np.int64] = scores.reshape(len(scores), -1).argmax(axis=1)
+        return classes
+
+    def _agreement(self, results: Sequence[Mapping[str, Array]]) -> Array | None:
+        """Return for each sample the share of its copies that have the original's class."""
+        if self._scores is None:
+            return None
+        pairs = zip(self._expected, results, strict=True)
+        return np.mean([self._classes(a) == self._classes(b) for a, b in pairs], axis=0)
+
+    def _drop(self, results: Sequence[Mapping[str, Array]]) -> Array | None:
+        """Return for each sample the share of its copies that are lost, less those gained."""
+        batches = self._groups[0]
+        if self._scores is None or any(batch.labels is None for batch in batches):
+            return None
+        labels = np.concatenate([batch.labels for batch in batches if batch.labels is not None])
+        pairs = zip(self._expected, results, strict=True)
+        return np.mean(
+            [
+                (self._classes(a) == labels).astype(float) - (self._classes(b) == labels)
+                for a, b in pairs
+            ],
+            axis=0,
+        )
+
+    def _interval(self, values: Array) -> Interval:
+        """Return the mean's 95 % interval: bootstrap over samples (Efron & Tibshirani 1993)."""
+        rng = np.random.default_rng(self._seed)
+        means = [
+            values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)
+        ]
+        low, high = np.percentile(means, [2.5, 97.5])
+        return float(low), float(high)

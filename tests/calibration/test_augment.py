@@ -1,0 +1,161 @@
+"""Copies of images are shifted and mirrored; what is no image is left alone."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+from helpers import ASSETS, needs_assets
+
+from pwopt import runtime
+from pwopt.calibration.augment import Layout, is_image, shifted
+from pwopt.data import Batch, open_data
+from pwopt.model import Model
+from pwopt.shapes import Input
+
+FLOAT, BYTE = np.dtype(np.float32), np.dtype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        (("N", 3, 32, 32), "NCHW"),
+        ((1, 1, 16, 16), "NCHW"),
+        ((8, 4, None, "W"), "NCHW"),
+        (("N", 224, 224, 3), "NHWC"),
+        ((None, "H", "W", 1), "NHWC"),
+        (("N", 2, 32, 32), None),
+        (("N", 3, 15, 32), None),
+        (("N", 32, 15, 3), None),
+        (("N", 64, 64, 64), None),
+        (("N", "C", "H", "W"), None),
+        (("N", 3, 32), None),
+        (("N", 3, 8, 32, 32), None),
+    ],
+)
+def test_what_looks_like_images(shape: tuple[int | str | None, ...], layout: Layout | None) -> None:
+    assert is_image(Input("x", FLOAT, shape)) == layout
+    assert is_image(Input("x", np.dtype(np.float16), shape)) == layout
+    assert is_image(Input("x", BYTE, shape)) is None
+
+
+def images(count: int, height: int = 16, width: int = 32) -> np.ndarray:
+    """Make images [count, 3, height, width] without zeros, no two values alike."""
+    size = (count, 3, height, width)
+    return np.arange(1, np.prod(size) + 1, dtype=np.float32).reshape(size)
+
+
+def batch(count: int) -> Batch:
+    return Batch({"x": images(count)}, np.arange(count), count)
+
+
+def movement(before: np.ndarray, after: np.ndarray) -> tuple[int, int, bool]:
+    """Return how far down and right an image (C, H, W) was moved, and whether it was mirrored.
+
+    Fails where it is not the image moved, with zeros around.
+    """
+    rows, columns = after.any(axis=(0, 2)).nonzero()[0], after.any(axis=(0, 1)).nonzero()[0]
+    kept = after[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    assert kept.all()
+    mirrored = bool(kept[0, 0, 0] > kept[0, 0, 1])
+    image = kept[..., ::-1] if mirrored else kept
+    channel, top, left = (int(i[0]) for i in (before == image[0, 0, 0]).nonzero())
+    assert channel == 0
+    height, width = image.shape[1:]
+    np.testing.assert_array_equal(before[:, top : top + height, left : left + width], image)
+    # What is missing is missing on one side, and lies beyond the border there.
+    sides = [(rows, top, height, before.shape[1])]
+    start = before.shape[2] - left - width if mirrored else left
+    sides += [(columns, start, width, before.shape[2])]
+    shifts = []
+    for place, first, size, whole in sides:
+        assert size == whole - max(int(place[0]), first)
+        assert 0 in (int(place[0]), first)
+        shifts.append(int(place[0]) - first)
+    return shifts[0], shifts[1], mirrored
+
+
+def test_each_image_is_moved_on_its_own() -> None:
+    source = batch(400)
+    (copy,) = shifted([source], 1, seed=0)
+    moves = [movement(*pair) for pair in zip(source.feeds["x"], copy.feeds["x"], strict=True)]
+    down, right, mirrored = map(np.array, zip(*moves, strict=True))
+    np.testing.assert_array_equal(np.unique(down), np.arange(-2, 3))  # an eighth of 16
+    np.testing.assert_array_equal(np.unique(right), np.arange(-4, 5))  # an eighth of 32
+    assert np.bincount(down + 2).min() > 50  # of 80
+    assert np.bincount(right + 4).min() > 25  # of 44
+    assert 150 < mirrored.sum() < 250
+    assert len(set(moves)) > 80  # of 90, so the three are independent
+
+
+def test_reach() -> None:
+    source = batch(100)
+    (copy,) = shifted([source], 1, seed=0, reach=0)
+    for pair in zip(source.feeds["x"], copy.feeds["x"], strict=True):
+        assert movement(*pair)[:2] == (0, 0)
+    (copy,) = shifted([source], 1, seed=0, reach=0.5)
+    moves = [movement(*pair) for pair in zip(source.feeds["x"], copy.feeds["x"], strict=True)]
+    assert {abs(down) for down, *_ in moves} == set(range(9))
+
+
+def test_channels_last_and_first_are_moved_alike() -> None:
+    first = batch(8)
+    last = Batch({"x": np.ascontiguousarray(images(8).transpose(0, 2, 3, 1))}, None, 8)
+    (a,), (b,) = shifted([first], 1, seed=3), shifted([last], 1, seed=3)
+    assert b.feeds["x"].flags.c_contiguous
+    np.testing.assert_array_equal(a.feeds["x"], b.feeds["x"].transpose(0, 3, 1, 2))
+
+
+def test_several_images_of_a_sample_are_moved_alike() -> None:
+    x = images(20)
+    (copy,) = shifted([Batch({"left": x, "right": -x}, None, 20)], 1, seed=0)
+    np.testing.assert_array_equal(copy.feeds["left"], -copy.feeds["right"])
+
+
+def test_all_else_is_kept() -> None:
+    table, style = np.ones((4, 7), np.float32), images(1)
+    feeds = {"x": images(4).astype(np.float16), "table": table, "style": style}
+    source = Batch(feeds, np.array([5, 6, 7]), 3)  # the last row only fills it up
+    (copy,) = shifted([source], 1, seed=0)
+    assert copy.samples == 3
+    assert copy.labels is source.labels
+    assert copy.feeds["table"] is table
+    assert copy.feeds["style"] is style  # one for all samples
+    assert copy.feeds["x"].dtype == np.float16
+    np.testing.assert_array_equal(copy.feeds["x"][3], feeds["x"][3])
+    assert not np.array_equal(copy.feeds["x"][:3], feeds["x"][:3])
+    np.testing.assert_array_equal(feeds["x"], images(4).astype(np.float16))
+
+
+def test_copies_differ_and_are_the_same_every_time() -> None:
+    source = [batch(5), batch(3)]
+    copies = shifted(source, 2, seed=1)
+    assert [copy.samples for copy in copies] == [5, 3, 5, 3]
+    assert not np.array_equal(copies[0].feeds["x"], copies[2].feeds["x"])
+    for one, other in zip(copies, shifted(source, 2, seed=1), strict=True):
+        np.testing.assert_array_equal(one.feeds["x"], other.feeds["x"])
+    assert not np.array_equal(copies[0].feeds["x"], shifted(source, 2, seed=2)[0].feeds["x"])
+
+
+def test_no_copies_without_images() -> None:
+    table = Batch({"x": np.ones((4, 7), np.float32)}, None, 4)
+    assert shifted([table], 3, seed=0) == []
+    assert shifted([batch(2)], 0, seed=0) == []
+    assert len(shifted([table, batch(2)], 3, seed=0)) == 3
+
+
+@needs_assets
+def test_a_network_errs_on_copies_of_what_it_was_trained_on() -> None:
+    model = Model.load(ASSETS / "models/vgg16_cifar10.onnx")
+    source = open_data(ASSETS / "data/cifar10_calib.npz", model, preprocess="unit", batch=128)
+    batches = [*islice(source, 2)]
+    session = runtime.session(model)
+
+    def accuracy(batches: list[Batch]) -> float:
+        right = []
+        for batch in batches:
+            (logits,) = runtime.run(session, batch.feeds, name=model.name).values()
+            right.append(logits.argmax(1) == batch.labels)
+        return float(np.mean(right))
+
+    assert accuracy(batches) == 1.0
+    assert 0.88 < accuracy(shifted(batches, 1, seed=0)) < 0.96  # 0.92 of unseen images
