@@ -8,7 +8,8 @@ Before → after, for y = Conv(x, W, b) with W of shape (Cout, Cin, k, k) and ra
 
 Maths: the factors are the truncated SVD of an unfolding of W (one side) or its sequentially
 truncated Tucker-2 (both); see `pwopt.lowrank`. They minimise ‖W − Ŵ‖, need no data, and change
-the numbers: `check` says by how much.
+the numbers: `check` says by how much. With `init=calibrated` they minimise the error of the layers'
+outputs on samples instead, layer by layer on what really comes in; see `pwopt.calibration.refit`.
 
 Conditions: Conv of group 1 with k > 1 in any dimension (1-D, 2-D, 3-D), a constant floating-point
 weight, at least `min_channels` input channels, a rank below the channels of the side in question,
@@ -18,31 +19,40 @@ bias goes to the last convolution. A convolution that already stands directly be
 a 1×1 is left alone, which also makes a second run change nothing.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import lowrank, shapes
+from pwopt.calibration.augment import with_copies
+from pwopt.calibration.refit import refit
 from pwopt.candidates import MIN_CHANNELS, Candidate, Choice, candidate, check_rank
+from pwopt.cost import Split
 from pwopt.errors import SpecError
 from pwopt.graph import Names, is_op, known_constant, replace
-from pwopt.linear import initializers, split
+from pwopt.linear import Linear, initializers, linear, split
+from pwopt.lowrank import Factors
 from pwopt.model import Model
 from pwopt.rewriting import Context, Event, Pass
+from pwopt.shapes import Shape
+
+Init = Literal["svd", "calibrated"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck(Pass):
-    """Split wide k×k convolutions with 1×1 bottlenecks, by SVD.
+    """Split wide k×k convolutions with 1×1 bottlenecks, by SVD or fitted to samples.
 
     Options:
         rank: channels of the bottleneck
         sides: where the 1×1 goes: input, output, both, or auto, which takes per layer the form
             that loses least of the weight's energy per MAC saved
         min_channels: input channels from which a convolution counts as wide
+        init: where the weights come from: svd of the layer's own, or calibrated on samples
     """
 
     name: ClassVar[str] = "bottleneck"
@@ -51,6 +61,7 @@ class Bottleneck(Pass):
     rank: int
     sides: Choice = "auto"
     min_channels: int = MIN_CHANNELS
+    init: Init = "svd"
 
     def __post_init__(self) -> None:
         for option in ("rank", "min_channels"):
@@ -67,31 +78,61 @@ class Bottleneck(Pass):
         """
         check_rank(model, self.rank)
         known = shapes.infer(model, shapes.bind(model, context.shapes))
+        nodes = [node for node in model.graph.nodes if is_op(node, "Conv")]
+        found = [self._candidate(model, node, known) for node in nodes]
+        fitted = self._fitted(model, nodes, found, known, context)
         names = Names(model)
         splits: dict[tuple[int, str], dict[str, gs.Constant]] = {}
-        for node in [node for node in model.graph.nodes if is_op(node, "Conv")]:
+        for node, proposed in zip(nodes, found, strict=True):
             where = node.outputs[0].name
-            found = candidate(
-                model,
-                node,
-                known,
-                rank=self.rank,
-                sides=self.sides,
-                min_channels=self.min_channels,
-            )
-            if isinstance(found, str):
-                yield Event("skipped", where, found)
+            if isinstance(proposed, str):
+                yield Event("skipped", where, proposed)
                 continue
             weight = known_constant(node.inputs[1])
-            key = (id(weight), found.sides)
+            key = (id(weight), where if fitted else proposed.sides)
             if key not in splits:  # shared weights stay shared
-                factors = lowrank.Splitter(weight.values).split(found.sides, found.rank)
+                factors = fitted.get(where) or lowrank.Splitter(weight.values).split(
+                    proposed.sides, proposed.rank
+                )
                 splits[key] = initializers(node, factors, names)
             if not np.isfinite(splits[key]["core"].values).all():
                 yield Event("skipped", where, f"the split would not be finite in {weight.dtype}")
                 continue
             replace(model.graph, node, split(node, splits[key], names))
-            yield _rewrote(where, found)
+            yield _rewrote(where, proposed)
+
+    def _candidate(
+        self, model: Model, node: gs.Node, known: Mapping[str, Shape]
+    ) -> Candidate | str:
+        found = candidate(
+            model, node, known, rank=self.rank, sides=self.sides, min_channels=self.min_channels
+        )
+        if self.init == "calibrated" and isinstance(layer := linear(node, known), str):
+            return found if isinstance(found, str) else layer
+        return found
+
+    def _fitted(
+        self,
+        model: Model,
+        nodes: Sequence[gs.Node],
+        found: Sequence[Candidate | str],
+        known: Mapping[str, Shape],
+        context: Context,
+    ) -> dict[str, Factors]:
+        """Fit all splits to samples, if that is wanted: layer → factors."""
+        if self.init == "svd":
+            return {}
+        if context.samples is None:
+            raise SpecError(f"{self.name}: init=calibrated needs samples; add --data")
+        layers, splits = [], {}
+        for node, proposed in zip(nodes, found, strict=True):
+            layer = linear(node, known)
+            if isinstance(layer, Linear) and isinstance(proposed, Candidate):
+                layers.append(layer)
+                splits[layer.where] = Split(layer.size, proposed.sides, proposed.rank)
+        cores = os.cpu_count() or 1
+        samples, _ = with_copies(model, context.samples, threads=cores, seed=context.seed)
+        return refit(model, layers, splits, samples, threads=cores, progress=context.progress)
 
 
 def _rewrote(where: str, found: Candidate) -> Event:

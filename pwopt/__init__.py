@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from pwopt.rewriting import Pass as Pass
     from pwopt.rewriting import PassReport as PassReport
     from pwopt.rewriting import Pipeline as Pipeline
+    from pwopt.search.search import Bounds as Bounds
     from pwopt.workflow import Rewritten as Rewritten
     from pwopt.workflow import rewrite as rewrite
 
 _HOMES = {
     "Analysis": "analysis",
+    "Bounds": "search.search",
     "Context": "rewriting",
     "Event": "rewriting",
     "Model": "model",

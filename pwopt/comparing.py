@@ -20,6 +20,9 @@ RESAMPLES = 10_000
 TOP5_CLASSES = 10
 """Top-5 says something from so many classes on."""
 
+LEAST_PROBABILITY = 1e-12
+"""What a probability of 0 is taken for where its logarithm is needed."""
+
 _TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -147,6 +150,26 @@ def class_scores(outputs: Outputs, samples: int) -> str | None:
         ):
             return name
     return None
+
+
+def log_probabilities(scores: Array) -> npt.NDArray[np.float64]:
+    """Return the logarithms of the class probabilities of scores (samples, classes, 1, …).
+
+    Scores that are probabilities already (not negative, their sum 1) are taken as such; of others
+    the softmax is taken.
+    """
+    flat = scores.reshape(len(scores), -1).astype(np.float64)
+    if (flat >= 0).all() and np.allclose(flat.sum(axis=1), 1, atol=1e-3):
+        logarithms: npt.NDArray[np.float64] = np.log(np.maximum(flat, LEAST_PROBABILITY))
+        return logarithms
+    flat = flat - flat.max(axis=1, keepdims=True)
+    result: npt.NDArray[np.float64] = flat - np.log(np.exp(flat).sum(axis=1, keepdims=True))
+    return result
+
+
+def probabilities(scores: Array) -> npt.NDArray[np.float64]:
+    """Return the class probabilities of scores, see `log_probabilities`."""
+    return np.exp(log_probabilities(scores))
 
 
 def compare_hits(

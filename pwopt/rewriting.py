@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from typing import ClassVar, Literal, Protocol
 
+from pwopt.data import Samples
 from pwopt.editing import Edit
 from pwopt.errors import PwoptError
 from pwopt.model import Model
@@ -68,10 +69,15 @@ class Context:
 
     `shapes` fixes input axes that the model leaves open.
     `judge` decides on edits that are legal; without one they all stay.
+    `samples` is data to calibrate on; `seed` is that of whatever is random about it.
+    `progress` is told what is being done, how much of it is done, and how much there is.
     """
 
     shapes: InputShapes | None = None
     judge: Judge | None = None
+    samples: Samples | None = None
+    seed: int = 0
+    progress: Callable[[str, int, int | None], None] | None = None
 
     def settle(
         self,
@@ -162,13 +168,18 @@ class Pipeline:
             for observer in observers:
                 observer.after(step, model, report)
         if any(report.rewrote for report in reports):
-            earlier = model.metadata().get("pwopt.pipeline")
-            model.annotate("pwopt.version", version("pwopt"))
-            model.annotate("pwopt.pipeline", f"{earlier},{self}" if earlier else str(self))
+            note(model, str(self))
         return tuple(reports)
 
     def __str__(self) -> str:
         return ",".join(str(step) for step in self.passes)
+
+
+def note(model: Model, pipeline: str) -> None:
+    """Note in a model's metadata what was done, behind what was done before."""
+    earlier = model.metadata().get("pwopt.pipeline")
+    model.annotate("pwopt.version", version("pwopt"))
+    model.annotate("pwopt.pipeline", f"{earlier},{pipeline}" if earlier else pipeline)
 
 
 def value_text(value: object) -> str:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from pwopt.calibration import calibration_samples, gather
-from pwopt.calibration.augment import shifted
+from pwopt.calibration import LIMIT, gather
+from pwopt.calibration.augment import with_copies
 from pwopt.calibration.closed_forms import ClosedForms
 from pwopt.candidates import has_bottleneck
 from pwopt.cost import COUNTED_OPS, Split
@@ -25,12 +25,6 @@ from pwopt.search.yardstick import Yardstick
 from pwopt.shapes import InputShapes, Shape, bind, infer
 
 Progress = Callable[[str, int, int | None], None]
-
-SAMPLES = 1024
-"""Samples that are used at most, a quarter of them to judge by."""
-
-COPIES = 2
-"""Shifted copies of each image, to fit and to judge by."""
 
 CURVE = 8
 """Models that are built for the curve of speed against accuracy."""
@@ -59,7 +53,7 @@ def tune(
     *,
     by_macs: bool = False,
     curve: bool = False,
-    limit: int = SAMPLES,
+    limit: int = LIMIT,
     shapes: InputShapes | None = None,
     threads: int = 1,
     batch: int = 1,
@@ -100,10 +94,7 @@ def tune(
         )
     layers = [layer for layer in layers if table.paying(layer.where)]
 
-    calibration = calibration_samples(samples, limit)
-    fit = [*calibration.fit, *shifted(calibration.fit, COPIES, seed=seed)]
-    copies = [shifted(calibration.held_out, 1, seed=seed + 1 + n) for n in range(COPIES)]
-    held_out = [calibration.held_out, *filter(None, copies)]
+    fit, held_out = with_copies(model, samples, limit, threads=cores, seed=seed)
     forms = ClosedForms(gather(model, layers, fit, threads=cores, progress=progress), known)
     harms = sensitivity.measure(
         model,

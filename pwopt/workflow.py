@@ -1,21 +1,30 @@
 """The rewrite as a user asks for it: which passes, and what they did to the model's cost."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from onnx import ModelProto
 
 from pwopt.analysis import Size, size
+from pwopt.calibration import LIMIT
 from pwopt.candidates import Choice
+from pwopt.data import Source, open_data
 from pwopt.errors import SpecError
 from pwopt.judging import Gate, SiteJudge
 from pwopt.model import Model
 from pwopt.observers import Verify
 from pwopt.proof import prove
 from pwopt.registry import pipeline as parse
-from pwopt.rewriting import Context, Observer, PassReport, Pipeline
+from pwopt.rewriting import Context, Observer, PassReport, Pipeline, note
+from pwopt.search.front import Front
+from pwopt.search.search import Bounds
 from pwopt.shapes import InputShapes
+from pwopt.tuning import tune
+
+Init = Literal["auto", "svd", "calibrated"]
+Progress = Callable[[str, int, int | None], None]
 
 _FOLD_AND_MOVE = (
     "fold-affine,fold-pad,fold-affine-before,merge-linear-convs,pool-before-pointwise,hoist-stride"
@@ -29,15 +38,29 @@ EXACT: dict[Gate, str] = {
 """The exact passes that have a chance, by gate; fused siblings are a matter of measurement."""
 
 
+BEHIND = "merge-linear-convs"
+"""The exact passes that may find something new behind a split."""
+
+AUTO = "bottleneck{rank=auto,init=calibrated}"
+"""What stands in the pipeline for bottlenecks of chosen ranks; it cannot be run as such."""
+
+DEFAULT = Bounds(max_drop=1.0)
+"""What `bottleneck="auto"` keeps to where nothing else is said."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """A rewritten model, what each pass did, and the cost before and after."""
+    """A rewritten model, what each pass did, and the cost before and after.
+
+    `pipeline` is the text of the passes. `front` holds what `bottleneck="auto"` built and judged.
+    """
 
     model: Model
-    pipeline: Pipeline
+    pipeline: str
     reports: tuple[PassReport, ...]
     before: Size
     after: Size
+    front: Front | None = None
 
     @property
     def changed(self) -> bool:
@@ -48,54 +71,117 @@ class Rewritten:
 def rewrite(
     model: Model | ModelProto | str | Path,
     *,
-    bottleneck: int | None = None,
+    bottleneck: int | Literal["auto"] | None = None,
     sides: Choice = "auto",
+    init: Init = "auto",
+    data: Source | None = None,
+    preprocess: str | None = None,
+    bounds: Bounds = DEFAULT,
+    cost: Literal["measured", "macs"] = "measured",
+    curve: bool = False,
+    samples: int = LIMIT,
     exact: bool = False,
-    gate: Gate = "measured",
+    gate: Gate | None = None,
     pipeline: Pipeline | str | None = None,
     shapes: InputShapes | None = None,
     threads: int = 1,
     batch: int = 1,
+    seed: int = 0,
     observers: Sequence[Observer] = (),
+    progress: Progress | None = None,
 ) -> Rewritten:
     """Return a cheaper version of `model`, which itself stays as it is.
 
     Args:
         model: The model or its file.
-        bottleneck: Fold affine operators, then split wide k×k convolutions at this rank.
-        sides: Where the 1×1 convolutions of `bottleneck` go.
+        bottleneck: Split wide k×k convolutions at this rank, after affine operators are folded; or
+            `auto`: split every layer as `bounds` ask for, between exact rewrites.
+        sides: Where the 1×1 convolutions go, at a given rank.
+        init: What splits are fitted to: `svd` to the weights alone, `calibrated` to `data`;
+            `auto` takes the latter if there is data.
+        data: Samples, see `pwopt.data.open_data`; labels are used, by `auto`, if there are any.
+        preprocess: How 8-bit images become inputs.
+        bounds: What `auto` keeps to.
+        cost: What `auto` compares splits by: `measured` time, or `macs` for other hardware.
+        curve: Let `auto` build models all along the curve of speed against accuracy.
+        samples: Samples to use at most.
         exact: Make the exact rewrites that pay, before the bottlenecks if there are any.
-        gate: When an exact rewrite pays, see `pwopt.judging.SiteJudge`.
+        gate: When an exact rewrite pays, see `pwopt.judging.SiteJudge`; goes by `cost` unless said.
         pipeline: The passes to run instead, as an object or as text.
         shapes: Fixes input axes that the model leaves open, by input name.
-        threads: Threads to measure exact rewrites with.
-        batch: Batch to measure them at.
+        threads: Threads to measure with.
+        batch: Batch to measure at.
+        seed: Of whatever is random.
         observers: Watch the passes.
+        progress: Told how far it is.
 
     Raises:
-        SpecError: nothing to do, a pipeline beside other wishes, or a bad option.
-        ModelError: the model cannot be read, or its shapes cannot be inferred; or the proof that
-            exact rewrites changed nothing fails.
+        SpecError: nothing to do, wishes that do not go together, or a bad option.
+        DataError: samples that do not fit.
+        ModelError: the model cannot be read or run, or its shapes cannot be inferred; or the proof
+            that exact rewrites changed nothing fails.
+        BoundError: no model within `bounds` was found.
     """
+    auto = bottleneck == "auto"
     if (bottleneck is None and not exact) == (pipeline is None):
         raise SpecError("say what to do: a bottleneck rank or exact rewrites, or else a pipeline")
+    if data is None and (auto or init == "calibrated"):
+        raise SpecError("bottlenecks are calibrated on samples; add --data")
+    if auto and init == "svd":
+        raise SpecError("--bottleneck auto is calibrated: leave --init svd out, or give a rank")
     original = Model.open(model)
-    result = original.copy()
+    opened = None
+    if data is not None:
+        opened = open_data(data, original, preprocess=preprocess, shapes=shapes)
+    gate = gate or cost
+    context = Context(shapes=shapes, samples=opened, seed=seed, progress=progress)
     watching = [Verify(), *observers]
-    steps = Pipeline(())
+    result = original.copy()
+    texts: list[str] = []
     reports: tuple[PassReport, ...] = ()
-    if exact:
-        judge = SiteJudge(gate, shapes=shapes, threads=threads, batch=batch)
-        steps = parse(EXACT[gate])
-        reports = steps.run(result, Context(shapes=shapes, judge=judge), watching)
+    front = None
+
+    def run(steps: Pipeline, judge: SiteJudge | None = None) -> None:
+        nonlocal reports
+        reports += steps.run(result, replace(context, judge=judge), watching)
+        texts.append(str(steps))
+
+    judge = SiteJudge(gate, shapes=shapes, threads=threads, batch=batch)
+    if exact or auto:
+        run(parse(EXACT[gate]), judge)
         if any(report.rewrote for report in reports):
             prove(original, result, shapes)
-    if bottleneck is not None:
-        pipeline = f"fold-affine,bottleneck{{rank={bottleneck},sides={sides}}}"
-    if pipeline is not None:
-        more = parse(pipeline) if isinstance(pipeline, str) else pipeline
-        steps = Pipeline(steps.passes + more.passes)
-        reports += more.run(result, Context(shapes=shapes), watching)
+    if opened is not None and auto:
+        tuned = tune(
+            original,
+            result.copy(),
+            opened,
+            bounds,
+            by_macs=cost == "macs",
+            curve=curve,
+            limit=samples,
+            shapes=shapes,
+            threads=threads,
+            batch=batch,
+            seed=seed,
+            progress=progress,
+        )
+        result, front = tuned.model, tuned.front
+        reports += (PassReport("bottleneck", tuned.events),)
+        texts.append(AUTO)
+        if reports[-1].rewrote:
+            note(result, AUTO)
+            behind = parse(BEHIND)
+            merged = behind.run(result, replace(context, judge=judge), watching)
+            if any(report.rewrote for report in merged):
+                reports += merged
+                texts.append(BEHIND)
+    elif bottleneck is not None:
+        fitted = ",init=calibrated" if opened is not None and init != "svd" else ""
+        run(parse(f"fold-affine,bottleneck{{rank={bottleneck},sides={sides}{fitted}}}"))
+    elif pipeline is not None:
+        run(parse(pipeline) if isinstance(pipeline, str) else pipeline)
     if any(report.rewrote for report in reports):
         result = result.copy()  # whose message tells of inputs that were edited, too
-    return Rewritten(result, steps, reports, size(original, shapes), size(result, shapes))
+    before, after = size(original, shapes), size(result, shapes)
+    return Rewritten(result, ",".join(texts), reports, before, after, front)

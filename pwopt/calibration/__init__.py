@@ -1,10 +1,11 @@
 """What a network does on samples: their choice, statistics of its layers, a walk through it."""
 
-from pwopt.calibration.samples import Calibration, calibration_samples
+from pwopt.calibration.samples import LIMIT, Calibration, calibration_samples
 from pwopt.calibration.statistics import Statistics, gather
 from pwopt.calibration.walk import Stop, Tail, Walk
 
 __all__ = [
+    "LIMIT",
     "Calibration",
     "Statistics",
     "Stop",

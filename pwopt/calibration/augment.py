@@ -15,11 +15,27 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pwopt.data import Batch
+from pwopt import runtime
+from pwopt.calibration.samples import LIMIT, calibration_samples
+from pwopt.comparing import class_scores, probabilities
+from pwopt.data import Batch, Samples
 from pwopt.data.samples import Array
+from pwopt.model import Model
 from pwopt.shapes import Input
 
 Layout = Literal["NCHW", "NHWC"]
+
+FITTED_COPIES = 1
+"""Shifted copies of each image that splits are fitted to, besides the image itself."""
+
+JUDGED_COPIES = 3
+"""Shifted copies of each image that models are judged by, besides the image itself."""
+
+REACHES = (1 / 16, 1 / 8, 1 / 4)
+"""How far images may be shifted, as a part of their height and width."""
+
+SURE = 0.98
+"""A network that gives its first class this probability on average knows the images by heart."""
 
 CHANNELS = (1, 3, 4)
 """Gray, colour, and colour with transparency or depth."""
@@ -48,9 +64,55 @@ def _is_side(size: int | str | None) -> bool:
     return not isinstance(size, int) or size >= SMALLEST
 
 
-def shifted(
-    batches: Sequence[Batch], copies: int, *, seed: int, reach: float = 1 / 8
-) -> list[Batch]:
+def with_copies(
+    model: Model, source: Samples, limit: int = LIMIT, *, threads: int = 1, seed: int = 0
+) -> tuple[list[Batch], list[list[Batch]]]:
+    """Choose samples, and add shifted copies of the images among them.
+
+    Returns:
+        Batches to fit to, copies among them; and groups of batches to judge by: the samples as
+        they are, then one group for each copy, in the same order. Without images, only the first.
+
+    Raises:
+        DataError: too few samples, or some that do not fit the model.
+        ModelError: onnxruntime cannot run the model.
+    """
+    chosen = calibration_samples(source, limit)
+    reach = unsure_reach(model, chosen.held_out, threads=threads)
+    fit = [*chosen.fit, *shifted(chosen.fit, FITTED_COPIES, seed=seed, reach=reach)]
+    copies = [
+        shifted(chosen.held_out, 1, seed=seed + number, reach=reach)
+        for number in range(1, JUDGED_COPIES + 1)
+    ]
+    return fit, [chosen.held_out, *filter(None, copies)]
+
+
+def unsure_reach(
+    model: Model, batches: Sequence[Batch], *, threads: int = 1, seed: int = 0
+) -> float:
+    """Find how far images must be shifted for a network to be as unsure as of unseen ones.
+
+    That is the least of `REACHES` at which its first class has a probability below `SURE` on
+    average. Where there are no images or no classes, nothing tells, and the least is returned.
+
+    Raises:
+        ModelError: onnxruntime cannot run the model.
+    """
+    session = runtime.session(model, threads=threads)
+    for reach in REACHES:
+        confidences = []
+        for batch in shifted(batches, 1, seed=seed, reach=reach):
+            outputs = runtime.run(session, batch.feeds, name=model.name)
+            scores = class_scores(outputs, len(next(iter(outputs.values()))))
+            if scores is None:
+                return REACHES[0]
+            confidences.append(probabilities(outputs[scores])[: batch.samples].max(axis=1))
+        if not confidences or np.concatenate(confidences).mean() < SURE:
+            return reach
+    return REACHES[-1]
+
+
+def shifted(batches: Sequence[Batch], copies: int, *, seed: int, reach: float) -> list[Batch]:
     """Copy batches with the image of each sample shifted, and about every other one mirrored.
 
     All that is no image is what it was, and so are labels and the rows that only fill up a batch.

@@ -11,27 +11,6 @@ from pwopt.runtime import Array
 from pwopt.shapes import Shape
 
 
-def factors(
-    layer: Linear, statistics: Statistics, sides: Sides, rank: int, shape: Shape | None = None
-) -> Factors:
-    """Split a layer; a pointwise one has only the side `output`.
-
-    Args:
-        layer: The layer.
-        statistics: Its own.
-        sides: Where the 1×1 go.
-        rank: Of the split, or of both.
-        shape: Of its input, batch and channels included. Where that is not known, padding is not
-            taken into account.
-
-    Raises:
-        ModelError: its weight or bias holds NaN or infinite values.
-        ValueError: the rank is not below the channels of a split side, or there are no moments of
-            that side.
-    """
-    return _splitter(layer, statistics, shape).split(sides, rank)
-
-
 class ClosedForms:
     """Splits layers by their statistics.
 
@@ -44,14 +23,21 @@ class ClosedForms:
 
         Args:
             statistics: Those of each layer, by `Linear.where`.
-            shapes: Tensors' shapes on the samples, from `pwopt.shapes.infer`.
+            shapes: Tensors' shapes on the samples, from `pwopt.shapes.infer`. Where that of a
+                layer's input is not known, its padding is not taken into account.
         """
         self._statistics = statistics
         self._shapes = shapes
         self._last: tuple[Linear, Splitter] | None = None
 
     def split(self, layer: Linear, sides: Sides, rank: int) -> Factors:
-        """Split a layer, as the function `factors` does."""
+        """Split a layer; a pointwise one has only the side `output`.
+
+        Raises:
+            ModelError: its weight or bias holds NaN or infinite values.
+            ValueError: the rank is not below the channels of a split side, or there are no moments
+                of that side.
+        """
         if self._last is None or self._last[0] is not layer:
             shape = self._shapes.get(layer.node.inputs[0].name)
             self._last = layer, _splitter(layer, self._statistics[layer.where], shape)

@@ -10,6 +10,9 @@ from pwopt.data.samples import Array, batched
 from pwopt.errors import DataError
 from pwopt.shapes import Input
 
+LIMIT = 1024
+"""Samples that are used at most; a quarter of them to judge by."""
+
 BATCH = 16
 """Samples in a batch, where the model takes any number, …"""
 
@@ -28,7 +31,7 @@ class Calibration:
     held_out: list[Batch]
 
 
-def calibration_samples(source: Samples, limit: int = 1024, held_out: float = 0.25) -> Calibration:
+def calibration_samples(source: Samples, limit: int = LIMIT, held_out: float = 0.25) -> Calibration:
     """Choose at most `limit` samples, and hold every 1/`held_out`-th batch of them back.
 
     Where the source knows how many it has, the samples are spread evenly over it: a folder sorted

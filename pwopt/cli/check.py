@@ -1,25 +1,24 @@
 """``pwopt check``."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from pwopt.cli.options import json_option, shape_option, threads_option
+from pwopt.cli.options import (
+    data_option,
+    json_option,
+    preprocess_option,
+    progress_bar,
+    shape_option,
+    threads_option,
+)
 
 
 @click.command(name="check")
 @click.argument("original", type=click.Path(path_type=Path))
 @click.argument("rewritten", type=click.Path(path_type=Path))
-@click.option("--data", metavar="SRC", help="An .npz, a folder of images or module:callable.")
-@click.option(
-    "--preprocess",
-    metavar="P",
-    help="For images: raw, unit, imagenet, caffe or "
-    "scale=1/255,mean=R:G:B,std=R:G:B,order=rgb|bgr.",
-)
+@data_option
+@preprocess_option
 @threads_option
 @click.option(
     "--batch",
@@ -62,7 +61,7 @@ def command(
     from pwopt.checking import check
     from pwopt.report import check as report
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         verdict = check(
             original,
             rewritten,
@@ -81,23 +80,3 @@ def command(
         report.print_table(verdict)
     if not verdict.passed:
         context.exit(3)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int | None], None] | None]:
-    """Show a bar on stderr if that is a terminal, else nothing."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def report(what: str, done: int, total: int | None) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-            if what == "latency":
-                bar.stop()  # drawing would disturb what is timed
-
-        yield report

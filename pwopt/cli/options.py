@@ -1,8 +1,13 @@
 """Options that several commands share."""
 
 import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import click
+
+Progress = Callable[[str, int, int | None], None]
 
 
 class ShapeParam(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
@@ -45,3 +50,37 @@ threads_option = click.option(
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+data_option = click.option(
+    "--data", metavar="SRC", help="Samples: an .npz, a folder of images or module:callable."
+)
+
+preprocess_option = click.option(
+    "--preprocess",
+    metavar="P",
+    help="For images: raw, unit, imagenet, caffe or "
+    "scale=1/255,mean=R:G:B,std=R:G:B,order=rgb|bgr.",
+)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress | None]:
+    """Show what is being done, with the time left, on stderr if that is a terminal.
+
+    It is drawn when something is reported and at no other time: that would disturb what is timed.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def report(what: str, done: int, total: int | None) -> None:
+            if what != bar.tasks[0].description:
+                bar.reset(task)
+            bar.update(task, description=what, completed=done, total=total, refresh=True)
+
+        yield report

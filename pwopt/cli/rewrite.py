@@ -1,19 +1,48 @@
 """``pwopt rewrite``."""
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 from click.core import ParameterSource
 
-from pwopt.cli.options import json_option, shape_option, threads_option
+from pwopt.cli.options import (
+    data_option,
+    json_option,
+    preprocess_option,
+    progress_bar,
+    shape_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from pwopt.candidates import Choice
     from pwopt.judging import Gate
+    from pwopt.workflow import Init
 
 SIDES: tuple["Choice", ...] = ("auto", "input", "output", "both")
 GATES: tuple["Gate", ...] = ("measured", "macs", "always")
+INITS: tuple["Init", ...] = ("auto", "svd", "calibrated")
+
+_FOR_AUTO = ("speedup", "max_drop", "max_macs", "max_params", "confident", "cost", "pareto")
+_FOR_MEASURING = ("gate", "threads", "batch")
+_FOR_DATA = ("preprocess", "samples", "seed")
+
+
+class RankParam(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
+    """A rank from 1, or ``auto``."""
+
+    name = "R|auto"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | Literal["auto"]:
+        """Parse the text, or fail as wrong usage."""
+        if value == "auto":
+            return "auto"
+        rank: int = click.IntRange(min=1)(value, param, ctx)
+        return rank
 
 
 @click.command(name="rewrite")
@@ -21,16 +50,66 @@ GATES: tuple["Gate", ...] = ("measured", "macs", "always")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.pwopt.onnx.")
 @click.option(
     "--bottleneck",
-    type=click.IntRange(min=1),
-    metavar="R",
-    help="Fold affine operators, then split wide k×k convolutions at rank R.",
+    type=RankParam(),
+    metavar="R|auto",
+    help="Fold affine operators, then split wide k×k convolutions at rank R; or auto: split every "
+    "layer as the bounds below ask for, and make the exact rewrites that pay.",
 )
 @click.option(
     "--sides",
     type=click.Choice(SIDES),
-    help="Where the 1×1 goes; auto takes, per layer, what loses least of the weight for the MACs "
-    "it saves.  [default: auto]",
+    help="Where the 1×1 goes at a given rank; auto takes, per layer, what loses least of the "
+    "weight for the MACs it saves.  [default: auto]",
 )
+@click.option(
+    "--init",
+    type=click.Choice(INITS),
+    default="auto",
+    help="Where weights come from: svd of the layer's own, or calibrated on --data.  "
+    "[default: calibrated if there is --data]",
+)
+@data_option
+@preprocess_option
+@click.option(
+    "--speedup", type=click.FloatRange(min=1), metavar="X", help="Be X times as fast, measured."
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(min=0),
+    metavar="POINTS",
+    help="Lose so many points of top-1 at most; without labels, of agreement.  "
+    "[default: 1, where no other bound is given]",
+)
+@click.option("--max-macs", type=click.IntRange(min=1), metavar="N", help="Have N MACs at most.")
+@click.option(
+    "--max-params", type=click.IntRange(min=1), metavar="N", help="Have N parameters at most."
+)
+@click.option(
+    "--confident",
+    is_flag=True,
+    help="Let the upper end of the drop's 95 % interval meet --max-drop.",
+)
+@click.option(
+    "--cost",
+    type=click.Choice(("measured", "macs")),
+    default="measured",
+    help="What splits are chosen by: time on this machine, or MACs for another.  "
+    "[default: measured]",
+)
+@click.option(
+    "--pareto",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.json",
+    help="Write the whole curve of speed against accuracy too, and a picture of it beside.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=8),
+    default=1024,
+    metavar="N",
+    help="Samples of --data to use at most.  [default: 1024]",
+)
+@click.option("--seed", type=int, default=0, help="Of whatever is random.  [default: 0]")
 @click.option(
     "--exact",
     is_flag=True,
@@ -58,8 +137,20 @@ def command(
     ctx: click.Context,
     model: Path,
     output: Path | None,
-    bottleneck: int | None,
+    bottleneck: int | Literal["auto"] | None,
     sides: "Choice | None",
+    init: "Init",
+    data: str | None,
+    preprocess: str | None,
+    speedup: float | None,
+    max_drop: float | None,
+    max_macs: int | None,
+    max_params: int | None,
+    confident: bool,
+    cost: Literal["measured", "macs"],
+    pareto: Path | None,
+    samples: int,
+    seed: int,
     exact: bool,
     gate: "Gate | None",
     threads: int,
@@ -70,41 +161,87 @@ def command(
 ) -> None:
     """Put 1×1 bottlenecks into MODEL, or rewrite it exactly, and write the result.
 
-    Examples: pwopt rewrite model.onnx --bottleneck 64; pwopt rewrite model.onnx --exact
+    Examples: pwopt rewrite model.onnx --bottleneck 64; pwopt rewrite model.onnx --exact;
+    pwopt rewrite model.onnx --bottleneck auto --data calib.npz --max-drop 1
+
+    Exits with 3, and writes nothing, where no model within the bounds is found.
     """
+    auto = bottleneck == "auto"
     if (bottleneck is None and not exact) == (pipeline is None):
         raise click.UsageError("Give --bottleneck R or --exact or both, or else --pipeline SPEC.")
     if bottleneck is None and sides is not None:
         raise click.UsageError(
             "--sides goes with --bottleneck; in a pipeline write bottleneck{rank=R,sides=SIDES}."
         )
-    for option in ("gate", "threads", "batch"):
-        if not exact and ctx.get_parameter_source(option) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{option} goes with --exact.")
+    if auto and sides not in (None, "auto"):
+        raise click.UsageError("--sides goes with a rank; --bottleneck auto chooses them itself.")
+    _check_company(ctx, _FOR_MEASURING, exact or auto, "--exact")
+    _check_company(ctx, _FOR_AUTO, auto, "--bottleneck auto")
+    _check_company(ctx, _FOR_DATA, data is not None, "--data")
 
     if output is None and model.exists() and not (model.is_file() or model.is_dir()):
         raise click.UsageError("Say with -o where the result goes: the model is no plain file.")
     target = output or model.with_name(f"{model.name.removesuffix('.onnx')}.pwopt.onnx")
     if target.resolve() == model.resolve():
         raise click.UsageError("-o is the model itself, which check will want to compare with.")
+    if pareto is not None and pareto.resolve() in (model.resolve(), target.resolve()):
+        raise click.UsageError("--pareto would overwrite a model; give it a file of its own.")
 
+    from pwopt.report import front as curve
     from pwopt.report import rewriting as report
-    from pwopt.workflow import rewrite
+    from pwopt.search.search import Bounds
+    from pwopt.workflow import DEFAULT, rewrite
 
-    result = rewrite(
-        model,
-        bottleneck=bottleneck,
-        sides=sides or "auto",
-        exact=exact,
-        gate=gate or "measured",
-        pipeline=pipeline,
-        shapes=shapes,
-        threads=threads,
-        batch=batch,
+    bounds = Bounds(
+        speedup=speedup,
+        max_drop=max_drop,
+        max_macs=max_macs,
+        max_params=max_params,
+        confident=confident,
     )
+    if bounds == Bounds(confident=confident):
+        bounds = Bounds(max_drop=DEFAULT.max_drop, confident=confident)
+    with progress_bar() as progress:
+        result = rewrite(
+            model,
+            bottleneck=bottleneck,
+            sides=sides or "auto",
+            init=init,
+            data=data,
+            preprocess=preprocess,
+            bounds=bounds,
+            cost=cost,
+            curve=pareto is not None,
+            samples=samples,
+            exact=exact,
+            gate=gate,
+            pipeline=pipeline,
+            shapes=shapes,
+            threads=threads,
+            batch=batch,
+            seed=seed,
+            progress=progress,
+        )
     result.model.save(target)
     if as_json:
         click.echo(report.to_json(result, target))
     else:
         report.print_table(result)
+    if pareto is not None and result.front is not None:
+        curve.write(result.front, pareto)
+        picture = pareto.with_suffix(".png")
+        if find_spec("matplotlib"):
+            curve.draw(result.front, picture)
+            click.echo(f"Wrote {pareto} and {picture}", err=True)
+        else:
+            click.echo(f"Wrote {pareto}; for a picture too: pip install 'pwopt[plots]'", err=True)
     click.echo(report.next_step(model, target), err=True)
+
+
+def _check_company(
+    ctx: click.Context, options: tuple[str, ...], is_there: bool, company: str
+) -> None:
+    """Refuse options that say nothing without another one."""
+    for option in options:
+        if not is_there and ctx.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{option.replace('_', '-')} goes with {company}.")

@@ -27,7 +27,7 @@ _BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#8C8C8C"
 
 _AXES: dict[Measure, str] = {
     "top-1": "Change in top-1 accuracy (percentage points)",
-    "agreement": "Same class as the original (% of samples)",
+    "agreement": "Agreement with the original (%)",
     "error": "Error of the outputs (better is up)",
 }
 
@@ -49,6 +49,16 @@ def to_json(front: Front) -> str:
     """
     best = [front.points.index(point) for point in pareto(front.points)]
     return json_text({**asdict(front), "front": best})
+
+
+def write(front: Front, path: Path) -> None:
+    """Write the front's JSON to a file.
+
+    Raises:
+        PwoptError: the file cannot be written.
+    """
+    with atomic_write(path) as file:
+        file.write(f"{to_json(front)}\n".encode())
 
 
 def from_json(text: str, *, name: str = "<front>") -> Front:

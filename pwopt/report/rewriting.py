@@ -2,6 +2,7 @@
 
 import shlex
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,20 +11,31 @@ from rich.table import Table
 
 from pwopt.analysis import Size
 from pwopt.errors import printable
-from pwopt.report.style import bare_table, json_text, show
+from pwopt.report.front import table
+from pwopt.report.style import bare_table, json_text, milliseconds, scaled, show
 from pwopt.rewriting import Event
 from pwopt.workflow import Rewritten
 
-_SPLIT = {"sides", "rank", "predicted_speedup", "kept_energy"}
+_SPLIT = {"sides", "rank", "predicted_speedup"}
 _PLACES = 3  # how many layers stand for all that share a reason
 
 
 def to_json(result: Rewritten, output: Path) -> str:
     """Write the result as one JSON object."""
+    front = result.front
+    calibrated = None
+    if front is not None and front.chosen is not None:
+        calibrated = {
+            "original": asdict(front.original),
+            "chosen": asdict(front.points[front.chosen]),
+            "threads": front.threads,
+            "batch": front.batch,
+            "samples": front.samples,
+        }
     return json_text(
         {
             "output": str(output),
-            "pipeline": str(result.pipeline),
+            "pipeline": result.pipeline,
             "events": [
                 {"pass": report.name, **asdict(event)}
                 for report in result.reports
@@ -31,6 +43,7 @@ def to_json(result: Rewritten, output: Path) -> str:
             ],
             "before": asdict(result.before),
             "after": asdict(result.after),
+            **({"calibrated": calibrated} if calibrated else {}),
         }
     )
 
@@ -50,6 +63,8 @@ def print_table(result: Rewritten) -> None:
         parts.append(_reasons([event for event in rewrote if event not in splits], "×"))
         parts.append(_reasons(skipped, "left:"))
     parts.append(_sizes(result.before, result.after))
+    if result.front is not None:
+        parts.append(table(result.front))
     if not result.changed:
         parts.append("Nothing was rewritten; the model is written as it came.")
     show(Group(*parts))
@@ -64,17 +79,26 @@ def next_step(model: Path, output: Path) -> str:
 def _splits(events: list[Event]) -> Table:
     table = bare_table()
     table.add_column("  layer", overflow="fold", min_width=12)
-    for column in ("split", "predicted", "keeps"):
+    timed = all("after" in event.data for event in events)
+    for column in (
+        ("split", "before", "after", "faster") if timed else ("split", "predicted", "keeps")
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for event in events:
         data = event.data
-        table.add_row(
-            f"  {printable(event.where)}",
-            f"{data['sides']} {data['rank']}",
-            f"{data['predicted_speedup']:.1f}×",
-            f"{data['kept_energy']:.0%}",
+        split, faster = f"{data['sides']} {data['rank']}", f"{data['predicted_speedup']:.1f}×"
+        rest = (
+            (_time(data, "before"), _time(data, "after"), faster)
+            if timed
+            else (faster, f"{data['kept_energy']:.0%}")
         )
+        table.add_row(f"  {printable(event.where)}", split, *rest)
     return table
+
+
+def _time(data: Mapping[str, int | float | str], when: str) -> str:
+    time = float(data[when])
+    return milliseconds(time) if data["unit"] == "ms" else scaled(time)
 
 
 def _reasons(events: list[Event], what: str) -> Table:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pwopt import runtime
 from pwopt.calibration import Stop, Walk
 from pwopt.calibration.samples import fed_rows, real
-from pwopt.comparing import Outputs, class_scores
+from pwopt.comparing import Outputs, class_scores, log_probabilities
 from pwopt.data import Batch
 from pwopt.linear import Linear
 from pwopt.lowrank import Factors
@@ -40,7 +40,6 @@ FLOOR = 1e-9
 WEIGHTS = 256 << 20
 """Bytes of weights that are tried side by side; else the layer's own is run again for the next."""
 
-_LEAST_PROBABILITY = 1e-12
 _ROUNDING = 1e-12  # of sums of squares
 
 
@@ -192,16 +191,6 @@ def _real(outputs: Outputs, rows: int, samples: int) -> dict[str, Array]:
     return {name: real(array, rows, samples) for name, array in outputs.items()}
 
 
-def divergence(teacher: Outputs, student: Outputs) -> float:
-    """Return how far all of a student's outputs are from the teacher's, one row for a sample.
-
-    The measure is that of `measure`.
-    """
-    harm = Harm(class_scores(teacher, len(next(iter(teacher.values())))))
-    harm.add(teacher, student)
-    return harm.value
-
-
 class Harm:
     """How far a student's outputs are from the teacher's, batch by batch; see `measure`."""
 
@@ -236,24 +225,10 @@ class Harm:
 def _divergence(teacher: Array, student: Array) -> Wide:
     """Return KL(p ‖ p̂) of each sample in nats, of scores (samples, classes, 1, …).
 
-    Scores are taken as probabilities where the teacher's are: not negative, their sum 1.
+    Scores that are probabilities already are taken as such.
     """
-    wanted, given = (a.reshape(len(a), -1).astype(np.float64) for a in (teacher, student))
-    are_probabilities = (wanted >= 0).all() and np.allclose(wanted.sum(axis=1), 1, atol=1e-3)
-    log = _logarithms if are_probabilities else _log_softmax
-    p, q = log(wanted), log(given)
-    result: Wide = np.where(np.isneginf(p), 0, np.exp(p) * (p - q)).sum(axis=1)
-    return result
-
-
-def _logarithms(probabilities: Wide) -> Wide:
-    result: Wide = np.log(np.maximum(probabilities, _LEAST_PROBABILITY))
-    return result
-
-
-def _log_softmax(scores: Wide) -> Wide:
-    shifted = scores - scores.max(axis=1, keepdims=True)
-    result: Wide = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    p, q = log_probabilities(teacher), log_probabilities(student)
+    result: Wide = (np.exp(p) * (p - q)).sum(axis=1)
     return result
 
 

@@ -1,20 +1,19 @@
 """Closed forms of layers are those of the maths, with the layer's padding taken into account."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 from helpers import Array, parse, random_feeds, run
 
 from pwopt import shapes
 from pwopt.calibration import closed_forms
-from pwopt.calibration.closed_forms import ClosedForms, factors
+from pwopt.calibration.closed_forms import ClosedForms
 from pwopt.calibration.statistics import Statistics, gather
 from pwopt.cost import Sides
 from pwopt.data import Batch
 from pwopt.linear import Linear, linear
 from pwopt.lowrank import Factors, calibrated
 from pwopt.model import Model
+from pwopt.shapes import Shape
 
 NET = """
     net (float[N,4,7,6] x) => (float[N,5] y)
@@ -32,8 +31,8 @@ NET = """
 """
 
 
-def known(model: Model, **sizes: Any) -> shapes.Shape | Any:
-    return shapes.infer(model, shapes.bind(model, sizes))
+def known(model: Model) -> dict[str, Shape]:
+    return shapes.infer(model, shapes.bind(model))
 
 
 def layers(model: Model) -> dict[str, Linear]:
@@ -44,6 +43,13 @@ def layers(model: Model) -> dict[str, Linear]:
 def statistics(model: Model) -> dict[str, Statistics]:
     batches = [Batch(random_feeds(model, batch=64, seed=seed), None, 64) for seed in range(2)]
     return gather(model, [*layers(model).values()], batches, cache=False)
+
+
+def factors(
+    layer: Linear, found: Statistics, sides: Sides, rank: int, shape: Shape | None = None
+) -> Factors:
+    sizes = {} if shape is None else {layer.node.inputs[0].name: shape}
+    return ClosedForms({layer.where: found}, sizes).split(layer, sides, rank)
 
 
 def assert_same(ours: Factors, theirs: Factors) -> None:
