@@ -105,7 +105,7 @@ class Linear:
         return Window(kernel, pads, strides, dilations)
 
     def weight(self) -> Array:
-        """Decode the weight: (Cout, Cin, *kernel), with alpha and transB of Gemm applied.
+        """Decode the weight: (Cout, Cin, *kernel), with alpha and transB of Gemm applied. Read only.
 
         Raises:
             ModelError: it holds NaN or infinite values.
@@ -113,7 +113,8 @@ class Linear:
         values = known_constant(self.node.inputs[1]).values
         if self.node.op != "Conv" and not self.node.attrs.get("transB"):
             values = values.T
-        return self._finite(values * self.node.attrs.get("alpha", 1.0), "weight")
+        alpha = self.node.attrs.get("alpha", 1.0)
+        return self._finite(values if alpha == 1 else values * alpha, "weight")
 
     def bias(self) -> Array:
         """Decode the bias: (Cout,), zeros where there is none, with beta of Gemm applied.

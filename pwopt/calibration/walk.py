@@ -276,6 +276,8 @@ class Walk:
             layer.CopyFrom(node)
             layer.input[:] = [x, weight, bias]
             return [layer]
+        if node.op_type == "Gemm":
+            return [helper.make_node("Gemm", [x, weight, bias], [y], transB=1)]
         matrix, product = self._names.tensor(f"{weight}.T"), self._names.tensor(f"{y}.product")
         return [
             helper.make_node("Transpose", [weight], [matrix], perm=[1, 0]),

@@ -15,7 +15,7 @@ from math import inf, isfinite
 import numpy as np
 import numpy.typing as npt
 
-from pwopt import runtime
+from pwopt import analysis, runtime
 from pwopt.calibration import Stop, Walk
 from pwopt.calibration.samples import fed_rows, real
 from pwopt.comparing import Outputs, class_scores, log_probabilities
@@ -32,7 +32,13 @@ Progress = Callable[[str, int, int | None], None]
 Wide = npt.NDArray[np.float64]
 
 SAMPLES = 96
-"""Samples that are used, about: whole batches, taken evenly from those given."""
+"""Samples that are used, about: whole batches, taken evenly from those given; …"""
+
+FEWEST = 24
+"""… but no more than this of networks so large that …"""
+
+MACS = 30 * 10**9
+"""… running all of them takes more than so many multiply-accumulates."""
 
 FLOOR = 1e-9
 """Harm below which interpolation, on a logarithmic scale, does not look."""
@@ -82,7 +88,8 @@ def measure(
     split_layers = [layer for layer in layers if options.get(layer.where)]
     if not split_layers:
         return {}
-    chosen = _chosen(batches)
+    macs = analysis.size(model).macs or 1
+    chosen = _chosen(batches, min(SAMPLES, max(FEWEST, MACS // macs)))
     trial = _Trial(model, chosen, split, threads)
     tried = {layer.where: _tried(options[layer.where]) for layer in split_layers}
     done, total = 0, sum(map(len, tried.values()))
@@ -111,10 +118,10 @@ def interpolated(
     return harms
 
 
-def _chosen(batches: Sequence[Batch]) -> list[Batch]:
-    """Pick batches evenly that have about `SAMPLES` samples together."""
+def _chosen(batches: Sequence[Batch], wanted: int) -> list[Batch]:
+    """Pick batches evenly that have about so many samples together."""
     samples = sum(batch.samples for batch in batches)
-    count = min(len(batches), max(1, len(batches) * SAMPLES // samples))
+    count = min(len(batches), max(1, len(batches) * wanted // samples))
     return [batches[round(index)] for index in np.linspace(0, len(batches) - 1, count)]
 
 
@@ -228,7 +235,7 @@ def _divergence(teacher: Array, student: Array) -> Wide:
     Scores that are probabilities already are taken as such.
     """
     p, q = log_probabilities(teacher), log_probabilities(student)
-    result: Wide = (np.exp(p) * (p - q)).sum(axis=1)
+    result: Wide = np.where(np.isneginf(p), 0, np.exp(p) * (p - q)).sum(axis=1)
     return result
 
 
