@@ -105,7 +105,7 @@ class Linear:
         return Window(kernel, pads, strides, dilations)
 
     def weight(self) -> Array:
-        """Decode the weight: (Cout, Cin, *kernel), with alpha and transB of Gemm applied. Read only.
+        """Decode the weight: (Cout, Cin, *kernel), alpha and transB of Gemm applied. Read only.
 
         Raises:
             ModelError: it holds NaN or infinite values.

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
+from pwopt.analysis import size
 from pwopt.calibration import LIMIT, gather
 from pwopt.calibration.augment import with_copies
 from pwopt.calibration.closed_forms import ClosedForms
 from pwopt.candidates import has_bottleneck
 from pwopt.cost import COUNTED_OPS, Split
 from pwopt.data import Samples, random_data
-from pwopt.errors import BoundError
+from pwopt.errors import BoundError, ModelError
 from pwopt.graph import is_op
 from pwopt.linear import Linear, linear
 from pwopt.model import Model
@@ -93,6 +94,8 @@ def tune(
             model, layers, shapes=shapes, threads=threads, batch=batch, progress=progress
         )
     layers = [layer for layer in layers if table.paying(layer.where)]
+    if bounds.max_macs is not None and size(model, shapes).macs is None:
+        raise ModelError(f"{model.name}: its MACs are not known; give the input's shape by --shape")
 
     fit, held_out = with_copies(model, samples, limit, threads=cores, seed=seed)
     forms = ClosedForms(gather(model, layers, fit, threads=cores, progress=progress), known)
@@ -127,7 +130,7 @@ def tune(
         samples=yardstick.samples,
     )
     events = tuple(_event(where, layer, best, table, search) for where, layer in seen.items())
-    return Tuned(best.model, events, front)
+    return Tuned(search.model(best), events, front)
 
 
 def _layer(node: gs.Node, known: Mapping[str, Shape]) -> Linear | str:
@@ -147,12 +150,11 @@ def _unreached(bounds: Bounds, search: Search) -> str:
         wanted.append(f"at most {bounds.max_macs:,} MACs")
     if bounds.max_params is not None:
         wanted.append(f"at most {bounds.max_params:,} parameters")
-    nearest = "".join(
-        f"; {point.speedup:.2f}× loses {point.loss:.2f} ({point.measure})"
-        for point in [max(search.trials, key=lambda t: t.point.speedup).point]
-        if search.trials
-    )
-    return f"no allocation found that is {' with '.join(wanted)}{nearest}"
+    text = f"no allocation found that is {' with '.join(wanted)}"
+    if not search.trials:
+        return text
+    fastest = max((trial.point for trial in search.trials), key=lambda point: point.speedup)
+    return f"{text}; {fastest.speedup:.2f}× loses {fastest.loss:.3g} ({fastest.measure})"
 
 
 def _event(where: str, layer: Linear | str, best: Trial, table: Latencies, search: Search) -> Event:

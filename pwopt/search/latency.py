@@ -82,12 +82,28 @@ class Latencies:
     Layers go by `Linear.where`. Layers and options whose kernels could not be told apart in the
     profile are missing; every layer in `options` is in `layers`. `run_ms` is a whole run of the
     model as it is, without profiling. Where `unit` is MACs, all these numbers are MACs instead.
+    `key` stands for all that they were measured for.
     """
 
     run_ms: float
     layers: Mapping[str, float]
     options: Mapping[str, Mapping[Option, float]]
     unit: Literal["ms", "MACs"] = "ms"
+    key: str = ""
+
+    def recalled(self, plan: Mapping[str, str], measure: Callable[[], float]) -> float:
+        """Return a speed measured of a plan before, under the same conditions; else measure it.
+
+        So the same wish leads to the same plans, although no two measurements are equal.
+        """
+        digest = hashlib.sha256(json.dumps([self.key, plan], sort_keys=True).encode()).hexdigest()
+        file = f"latency/{digest[:32]}.json"
+        speed = folder.load(file, lambda opened: float(json.load(opened))) if self.key else None
+        if speed is None:
+            speed = measure()
+            if self.key:
+                folder.store(file, lambda opened: _write_number(opened, speed))
+        return speed
 
     def paying(self, where: str) -> list[Option]:
         """List the options that make a layer `LEAST_GAIN` times faster, or more."""
@@ -139,15 +155,17 @@ def measure(
     """
     grid = {layer.where: options(layer) for layer in layers}
     key = cache_key(model, grid, shapes=shapes, threads=threads, batch=batch)
-    file = f"latency/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    file = f"latency/{digest}.json"
     recalled = folder.load(file, lambda opened: _read(opened, key, grid)) if cache else None
     if recalled:
-        return recalled
+        return replace(recalled, key=digest)
     feeds = next(iter(random_data(model, shapes, batch=batch))).feeds
     latencies = _measured(model, layers, grid, feeds, threads, progress or (lambda *_: None))
-    if cache:
-        folder.store(file, lambda opened: _write(opened, latencies, key, model.name))
-    return latencies
+    if not cache:
+        return latencies
+    folder.store(file, lambda opened: _write(opened, latencies, key, model.name))
+    return replace(latencies, key=digest)
 
 
 def in_place(
@@ -452,6 +470,10 @@ def _write(file: IO[bytes], latencies: Latencies, key: Mapping[str, Any], model:
         "options": times,
     }
     file.write(json.dumps(content, indent=1).encode())
+
+
+def _write_number(file: IO[bytes], number: float) -> None:
+    file.write(json.dumps(number).encode())
 
 
 def _read(

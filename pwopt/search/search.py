@@ -83,7 +83,7 @@ class Trial:
     """A plan that was built and judged."""
 
     plan: Plan
-    model: Model
+    factors: Mapping[str, Factors]
     point: Point
 
 
@@ -129,8 +129,9 @@ class Search:
         self._harms = harms
         self._batches = batches
         self._yardstick = yardstick
-        is_timed = latencies.unit == "ms"
-        self._gain = yardstick.speed(model).ratio if is_timed else yardstick.fewer_macs(model)
+        self._is_timed = latencies.unit == "ms"
+        gain = yardstick.speed(model).ratio if self._is_timed else yardstick.fewer_macs(model)
+        self._gain = gain  # of the exact rewrites
         self._size = analysis.size(model, shapes)
         self._cores = cores
         self._progress = progress
@@ -142,11 +143,11 @@ class Search:
     # -- plans --------------------------------------------------------------------------------
 
     def plan(self, speedup: float, bounds: Bounds) -> Plan | None:
-        """Return the least harmful plan foretold to be so many times as fast; None if none is.
+        """Return the least harmful plan that is foretold to be so many times as fast as the model.
 
-        A speed-up of 0 does not bind.
+        None if there is none. A speed-up of 0 does not bind.
         """
-        limit = self._latencies.run_ms * self._gain / speedup if speedup else inf
+        limit = self._latencies.run_ms / speedup if speedup else inf
         return self._allocate(lambda way: way.harm, limit, inf, bounds)
 
     def fastest(self, bounds: Bounds) -> float:
@@ -155,10 +156,10 @@ class Search:
         return 0.0 if plan is None else 1 / self.predicted(plan)
 
     def predicted(self, plan: Plan) -> float:
-        """Return what a plan is foretold to take, as a share of the original's time."""
+        """Return what a plan is foretold to take, as a share of the model's time."""
         run, layers = self._latencies.run_ms, self._latencies.layers
         saved = sum(layers[w] - self._latencies.options[w][option] for w, option in plan.items())
-        return (run - saved) / (run * self._gain)
+        return (run - saved) / run
 
     def ways(self, layer: Linear) -> list[Way]:
         """List the ways to have a layer: as it is, or split at an option that pays."""
@@ -214,34 +215,38 @@ class Search:
 
     def curve(self, points: int) -> None:
         """Build models all the way from the model as it is to the fastest worth building."""
-        fastest = self.fastest(Bounds())
-        for speedup in np.geomspace(self._gain, max(fastest, self._gain), points):
-            self._trial(self.plan(speedup / 1.0001, Bounds()))
+        for speedup in np.geomspace(1, max(self.fastest(Bounds()), 1), points):
+            self._trial(self.plan(speedup / (1 + 1e-6), Bounds()))
+
+    def model(self, trial: Trial) -> Model:
+        """Return the model of a trial."""
+        return split_model(self._model, self._layers, trial.factors)
 
     def _at_speed(self, speedup: float, bounds: Bounds) -> Trial | None:
-        """Build the least harmful model that is so many times as fast.
+        """Build the least harmful model that is so many times as fast as the original.
 
         Speed is measured before anything is fitted, since it does not depend on values.
         """
-        aim, best = speedup, None
+        aim, best = speedup / self._gain, None
         for _ in range(STEPS):
             plan = self.plan(aim, bounds)
             if plan is None:
                 break
+            plan = self._faster(plan)
             reached = self._speed(plan)
-            if reached >= speedup:
-                best = plan
-                if reached < CLOSE * speedup:
-                    break
+            if reached >= speedup and (best is None or reached < best[0]):
+                best = reached, plan
+            if speedup <= reached < CLOSE * speedup:
+                break
             aim *= sqrt(CLOSE) * speedup / reached
-        return self._trial(best)
+        return None if best is None else self._trial(best[1])
 
     def _within_drop(self, bounds: Bounds) -> Trial | None:
         """Build the fastest model within the bounds.
 
         Bisects the speed on a logarithmic scale: what is lost grows with it, by and large.
         """
-        slow, fast = self._gain, self.fastest(bounds)
+        slow, fast = 1.0, self.fastest(bounds)
         best = None
         for _ in range(STEPS):
             if fast < CLOSE * slow:
@@ -252,47 +257,55 @@ class Search:
                 best, slow = trial, middle
             else:
                 fast = middle
-        return best or self._trial(self.plan(0, bounds))
+        if best is None or (self._is_timed and best.point.speedup < self._gain):
+            return self._trial(self.plan(0, bounds))
+        return best
 
     def _trial(self, plan: Plan | None) -> Trial | None:
-        """Build, fit, time and judge a plan, unless that was done before."""
+        """Fit, build, time and judge a plan, unless that was done before."""
         if plan is None:
             return None
         plan = self._faster(plan)
         for done in self.trials:
             if done.plan == plan:
                 return done
-        factors = refit(
-            self._model,
-            self._layers,
-            self._splits(plan),
-            self._batches,
-            threads=self._cores,
-            progress=self._progress,
-        )
-        model = split_model(self._model, self._layers, factors)
+        factors = {}
+        if plan:
+            factors = refit(
+                self._model,
+                self._layers,
+                self._splits(plan),
+                self._batches,
+                threads=self._cores,
+                progress=self._progress,
+            )
         ranks = {where: str(option) for where, option in plan.items()}
-        predicted = self.predicted(plan) if self._latencies.unit == "ms" else None
-        trial = Trial(plan, model, self._yardstick.point(model, predicted, ranks))
+        predicted = self.predicted(plan) / self._gain if self._is_timed else None
+        model = split_model(self._model, self._layers, factors)
+        trial = Trial(plan, factors, self._yardstick.point(model, predicted, ranks))
         self.trials.append(trial)
         return trial
 
     def _faster(self, plan: Plan) -> Plan:
         """Leave out of a plan, and of all later ones, layers that are not faster in its model."""
-        if self._latencies.unit != "ms" or not plan:
+        plan = {where: option for where, option in plan.items() if where not in self.put_back}
+        if not self._is_timed or not plan:
             return plan
-        for where, (before, after) in self._yardstick.in_place(
-            self._model, self._layers, plan
-        ).items():
+        times = self._yardstick.in_place(self._model, self._layers, plan)
+        for where, (before, after) in times.items():
             if after >= before:
-                self.put_back[where] = (
-                    f"did not get faster in the real model: {before / after:.2f}×"
-                )
+                gain = before / after
+                self.put_back[where] = f"did not get faster in the real model: {gain:.2f}×"
         return {where: option for where, option in plan.items() if where not in self.put_back}
 
     def _speed(self, plan: Plan) -> float:
-        if self._latencies.unit != "ms":
-            return 1 / self.predicted(plan)
+        """Measure how many times as fast as the original a plan is, or recall it."""
+        if not self._is_timed:
+            return self._gain / self.predicted(plan)
+        ranks = {where: str(option) for where, option in plan.items()}
+        return self._latencies.recalled(ranks, lambda: self._measured_speed(plan))
+
+    def _measured_speed(self, plan: Plan) -> float:
         factors = {where: _random(split) for where, split in self._splits(plan).items()}
         return self._yardstick.speed(split_model(self._model, self._layers, factors)).ratio
 
