@@ -9,7 +9,9 @@ the input side. pwopt is asked for the speed-up that TensorLy was measured to ha
 on 1,024 images without labels.
 
 All are judged on the same 5,000 images. One thread, batch 1; at the end all models and the original
-are timed in turn, run by run. Intervals are 95 % bootstraps.
+are timed in turn, run by run. Intervals are 95 % bootstraps. The machine must have a core free for
+it: where processes share one, a short run slips through between two preemptions and a long one does
+not, so that speed-ups come out too large.
 """
 
 import importlib

@@ -28,7 +28,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import lowrank, shapes
-from pwopt.calibration.augment import with_copies
+from pwopt.calibration.augment import prepare
 from pwopt.calibration.refit import refit
 from pwopt.candidates import MIN_CHANNELS, Candidate, Choice, candidate, check_rank
 from pwopt.cost import Split
@@ -131,8 +131,10 @@ class Bottleneck(Pass):
                 layers.append(layer)
                 splits[layer.where] = Split(layer.size, proposed.sides, proposed.rank)
         cores = os.cpu_count() or 1
-        samples, _ = with_copies(model, context.samples, threads=cores, seed=context.seed)
-        return refit(model, layers, splits, samples, threads=cores, progress=context.progress)
+        ready = prepare(
+            model, context.samples, context.most_samples, threads=cores, seed=context.seed
+        )
+        return refit(model, layers, splits, ready.fit, threads=cores, progress=context.progress)
 
 
 def _rewrote(where: str, found: Candidate) -> Event:

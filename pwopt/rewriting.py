@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from typing import ClassVar, Literal, Protocol
 
+from pwopt.calibration import LIMIT
 from pwopt.data import Samples
 from pwopt.editing import Edit
 from pwopt.errors import PwoptError
@@ -69,13 +70,15 @@ class Context:
 
     `shapes` fixes input axes that the model leaves open.
     `judge` decides on edits that are legal; without one they all stay.
-    `samples` is data to calibrate on; `seed` is that of whatever is random about it.
+    `samples` is data to calibrate on, `most_samples` how many of them; `seed` is that of whatever
+    is random about it.
     `progress` is told what is being done, how much of it is done, and how much there is.
     """
 
     shapes: InputShapes | None = None
     judge: Judge | None = None
     samples: Samples | None = None
+    most_samples: int = LIMIT
     seed: int = 0
     progress: Callable[[str, int, int | None], None] | None = None
 

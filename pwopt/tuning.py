@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 
 from pwopt.analysis import size
 from pwopt.calibration import LIMIT, gather
-from pwopt.calibration.augment import with_copies
+from pwopt.calibration.augment import prepare
 from pwopt.calibration.closed_forms import ClosedForms
 from pwopt.candidates import has_bottleneck
 from pwopt.cost import COUNTED_OPS, Split
@@ -97,23 +97,32 @@ def tune(
     if bounds.max_macs is not None and size(model, shapes).macs is None:
         raise ModelError(f"{model.name}: its MACs are not known; give the input's shape by --shape")
 
-    fit, held_out = with_copies(model, samples, limit, threads=cores, seed=seed)
-    forms = ClosedForms(gather(model, layers, fit, threads=cores, progress=progress), known)
+    ready = prepare(model, samples, limit, threads=cores, seed=seed)
+    forms = ClosedForms(gather(model, layers, ready.fit, threads=cores, progress=progress), known)
     harms = sensitivity.measure(
         model,
         layers,
         {layer.where: table.paying(layer.where) for layer in layers},
         lambda layer, option: forms.split(layer, option.sides, option.rank),
-        [part for group in held_out for part in group],
+        ready.tried,
         threads=cores,
         progress=progress,
     )
     feeds = next(iter(random_data(original, shapes, batch=batch))).feeds
     yardstick = Yardstick(
-        original, held_out, feeds, shapes=shapes, threads=threads, cores=cores, seed=seed
+        original, ready.judged, feeds, shapes=shapes, threads=threads, cores=cores, seed=seed
     )
     search = Search(
-        model, layers, table, harms, fit, yardstick, shapes=shapes, cores=cores, progress=progress
+        model,
+        layers,
+        table,
+        harms,
+        ready.fit,
+        yardstick,
+        shapes=shapes,
+        batch=batch,
+        cores=cores,
+        progress=progress,
     )
     best = search.find(bounds)
     if curve:
@@ -184,6 +193,8 @@ def _why_not(layer: Linear, table: Latencies, search: Search) -> str:
     where, times = layer.where, table.options.get(layer.where, {})
     if where in search.put_back:
         return search.put_back[where]
+    if where not in table.options:
+        return "its kernels could not be told apart in onnxruntime's profile"
     if not times:
         return "too narrow: no split is foretold to save time"
     if not table.paying(where):

@@ -134,7 +134,9 @@ def rewrite(
     if data is not None:
         opened = open_data(data, original, preprocess=preprocess, shapes=shapes)
     gate = gate or cost
-    context = Context(shapes=shapes, samples=opened, seed=seed, progress=progress)
+    context = Context(
+        shapes=shapes, samples=opened, most_samples=samples, seed=seed, progress=progress
+    )
     watching = [Verify(), *observers]
     result = original.copy()
     texts: list[str] = []

@@ -9,7 +9,7 @@ ResNet-56 gets all of them right, against 93.0 % of unseen ones.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -25,17 +25,17 @@ from pwopt.shapes import Input
 
 Layout = Literal["NCHW", "NHWC"]
 
-FITTED_COPIES = 1
-"""Shifted copies of each image that splits are fitted to, besides the image itself."""
+FAR = 1 / 8
+"""How far images are shifted, as a part of height and width, to fit splits and to try them."""
 
-JUDGED_COPIES = 3
-"""Shifted copies of each image that models are judged by, besides the image itself."""
+NEAR = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+"""How far they are shifted to judge models: no further than `unsure_reach` says."""
 
-REACHES = (1 / 16, 1 / 8, 1 / 4)
-"""How far images may be shifted, as a part of their height and width."""
-
-SURE = 0.98
+SURE = 0.995
 """A network that gives its first class this probability on average knows the images by heart."""
+
+JUDGED_COPIES = 4
+"""Shifted copies of each image that models are judged by."""
 
 CHANNELS = (1, 3, 4)
 """Gray, colour, and colour with transparency or depth."""
@@ -64,52 +64,69 @@ def _is_side(size: int | str | None) -> bool:
     return not isinstance(size, int) or size >= SMALLEST
 
 
-def with_copies(
-    model: Model, source: Samples, limit: int = LIMIT, *, threads: int = 1, seed: int = 0
-) -> tuple[list[Batch], list[list[Batch]]]:
-    """Choose samples, and add shifted copies of the images among them.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Batches of calibration samples, by what they serve for.
 
-    Returns:
-        Batches to fit to, copies among them; and groups of batches to judge by: the samples as
-        they are, then one group for each copy, in the same order. Without images, only the first.
+    Attributes:
+        fit: To fit splits to: images as they are, and one shifted copy of each.
+        tried: Held out, to try single splits on: shifted copies.
+        judged: Held out, to judge models by: groups of the same samples in the same order, each
+            with other shifts.
+
+    Samples without images are as they are everywhere, in one group.
+    """
+
+    fit: list[Batch]
+    tried: list[Batch]
+    judged: list[list[Batch]]
+
+
+def prepare(
+    model: Model, source: Samples, limit: int = LIMIT, *, threads: int = 1, seed: int = 0
+) -> Prepared:
+    """Choose samples, and shift the images among them.
 
     Raises:
         DataError: too few samples, or some that do not fit the model.
         ModelError: onnxruntime cannot run the model.
     """
     chosen = calibration_samples(source, limit)
-    reach = unsure_reach(model, chosen.held_out, threads=threads)
-    fit = [*chosen.fit, *shifted(chosen.fit, FITTED_COPIES, seed=seed, reach=reach)]
+    held_out = chosen.held_out
+    reach = unsure_reach(model, held_out, threads=threads)
     copies = [
-        shifted(chosen.held_out, 1, seed=seed + number, reach=reach)
-        for number in range(1, JUDGED_COPIES + 1)
+        shifted(held_out, 1, seed=seed + 2 + number, reach=reach) for number in range(JUDGED_COPIES)
     ]
-    return fit, [chosen.held_out, *filter(None, copies)]
+    return Prepared(
+        fit=[*chosen.fit, *shifted(chosen.fit, 1, seed=seed, reach=FAR)],
+        tried=shifted(held_out, 1, seed=seed + 1, reach=FAR) or held_out,
+        judged=[*filter(None, copies)] or [held_out],
+    )
 
 
 def unsure_reach(
     model: Model, batches: Sequence[Batch], *, threads: int = 1, seed: int = 0
 ) -> float:
-    """Find how far images must be shifted for a network to be as unsure as of unseen ones.
+    """Find how far images must be shifted for a network not to know them by heart.
 
-    That is the least of `REACHES` at which its first class has a probability below `SURE` on
-    average. Where there are no images or no classes, nothing tells, and the least is returned.
+    That is the least of `NEAR` at which its first class has a probability below `SURE` on average.
+    Where there are no images or no classes, nothing tells, and the least is returned.
 
     Raises:
         ModelError: onnxruntime cannot run the model.
     """
     session = runtime.session(model, threads=threads)
-    for reach in REACHES:
+    for reach in NEAR:
         confidences = []
         for batch in shifted(batches, 1, seed=seed, reach=reach):
             outputs = runtime.run(session, batch.feeds, name=model.name)
             scores = class_scores(outputs, len(next(iter(outputs.values()))))
             if scores is None:
-                return REACHES[0]
+                return NEAR[0]
             confidences.append(probabilities(outputs[scores])[: batch.samples].max(axis=1))
         if not confidences or np.concatenate(confidences).mean() < SURE:
             return reach
-    return REACHES[-1]
+    return NEAR[-1]
 
 
 def shifted(batches: Sequence[Batch], copies: int, *, seed: int, reach: float) -> list[Batch]:

@@ -10,7 +10,7 @@ shortcut, the sum is what is reconstructed (He et al. 2017, "Channel Pruning", s
 the error that the shortcut brings is mended as well.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil, prod
 
@@ -19,15 +19,15 @@ import onnx_graphsurgeon as gs
 from onnx import GraphProto, ModelProto
 
 from pwopt import runtime
-from pwopt.calibration.closed_forms import ClosedForms
 from pwopt.calibration.samples import spread
-from pwopt.calibration.statistics import Gathering, Statistics
 from pwopt.calibration.walk import Stop, Walk
 from pwopt.cost import Split
 from pwopt.data import Batch
 from pwopt.graph import Names, is_op, is_output, known_constant, like
 from pwopt.linear import Linear
 from pwopt.lowrank import Factors, regression
+from pwopt.lowrank.calibrated import Splitter
+from pwopt.lowrank.moments import Moments
 from pwopt.model import Model
 from pwopt.runtime import Array
 
@@ -37,11 +37,14 @@ Run = Callable[[Array], Array]
 ROWS_PER_FEATURE = 20
 """Positions that a regression takes from all samples together, for each number it reads, …"""
 
-LEAST_ROWS = 8192
+LEAST_ROWS = 1 << 14
 """… but no fewer than so many, if there are so many, …"""
 
 ROWS_BYTES = 256 << 20
 """… and no more than fit into these bytes."""
+
+TAP_ROWS = 4096
+"""Positions at which it is estimated how alike neighbours are."""
 
 
 def refit(
@@ -69,97 +72,164 @@ def refit(
     chosen = [layer for layer in layers if layer.where in splits]
     fitted: dict[str, Factors] = {}
     for stop in Walk(model, chosen, batches, threads=threads):
-        layer = stop.layer
+        layer, split = stop.layer, splits[stop.layer.where]
         if progress:
             progress("fitting layers", len(fitted), len(chosen))
-        prior = _closed_form(stop, splits[layer.where])
-        as_it_is = _runner(model, layer, None, threads)
-        factors = _regressed(stop, prior, _behind(model.graph, stop), as_it_is)
+        behind = _behind(model.graph, stop)
+        if split.sides == "output":
+            as_it_is = _runner(model, layer, None, threads)
+            factors = _fit_output_side(stop, split, behind, batches, as_it_is)
+        else:
+            factors = _fit_reduced(stop, split, behind, batches)
         fitted[layer.where] = factors
         stop.replace(_runner(model, layer, factors, threads))
     return fitted
 
 
-def _closed_form(stop: Stop, split: Split) -> Factors:
-    """Split by the moments of what the student reads and of what the teacher writes."""
+def _fit_output_side(
+    stop: Stop, split: Split, behind: "_Behind", batches: Sequence[Batch], as_it_is: Run
+) -> Factors:
+    """Regress on the layer's own outputs, before the bias, at the rank of the split."""
+    layer, weight = stop.layer, stop.layer.weight()
+    identity, bias = np.eye(len(weight), dtype=weight.dtype), layer.bias()
+    rows = _draw(stop, len(weight), behind.shortcut, batches)
+
+    def own() -> Iterator[Array]:
+        for (teacher, student, output), at in zip(stop.pairs(), rows.positions, strict=True):
+            yield _at(layer, output if student is teacher else as_it_is(student), at) - bias
+
+    features = _stacked(own(), rows.targets, len(weight))
+    found = rows.regress(features, identity, relu=behind.relu, rank=split.rank)
+    core = np.tensordot(found.core, weight, axes=1)
+    return Factors(core, expand=_pointwise(found.expand, core), bias=found.bias)
+
+
+def _fit_reduced(stop: Stop, split: Split, behind: "_Behind", batches: Sequence[Batch]) -> Factors:
+    """Reduce the input in closed form, and regress on what the kernel sees of that."""
     layer = stop.layer
-    samples = sum(len(x) for _, x, _ in stop.pairs())
-    inputs, outputs = Gathering(samples), Gathering(samples)
-    for _, x, y in stop.pairs():
-        if split.sides != "output":
-            inputs.add(np.moveaxis(x, layer.channel_axis, -1), len(x))
-        outputs.add(np.moveaxis(y, layer.channel_axis, -1), len(x))
-    known = Statistics(None if split.sides == "output" else inputs.moments(), outputs.moments())
-    forms = ClosedForms({layer.where: known}, {stop.input: x.shape})
-    return forms.split(layer, split.sides, split.rank)
+    rows = _draw(stop, split.rank * prod(layer.size.kernel), behind.shortcut, batches)
+    inputs = _inputs(stop, batches)
+    splitter = Splitter(
+        layer.weight(),
+        layer.bias(),
+        inputs=inputs,
+        outputs=Moments.of(rows.targets),
+        taps=_taps(stop, rows.positions, inputs.mean),
+    )
+    prior = splitter.split(split.sides, split.rank)
+    assert prior.reduce is not None
+    matrix = prior.reduce.reshape(split.rank, -1)
+    weight = prior.core.reshape(len(prior.core), -1)
+    if prior.expand is not None:
+        weight = prior.expand.reshape(-1, split.rank) @ weight
+
+    def patches() -> Iterator[Array]:
+        for (_, student), at in zip(stop.values(stop.input), rows.positions, strict=True):
+            samples, channels, *size = student.shape
+            reduced = matrix @ student.reshape(samples, channels, -1)
+            maps = reduced.reshape(samples, split.rank, *size)
+            yield regression.patches(maps, at, **asdict(layer.window(size)))
+
+    features = _stacked(patches(), rows.targets, weight.shape[1])
+    rank = None if prior.expand is None else split.rank
+    found = rows.regress(features, weight, relu=behind.relu, rank=rank)
+    core = found.core.reshape(prior.core.shape)
+    return Factors(core, prior.reduce, _pointwise(found.expand, core), found.bias)
 
 
-def _regressed(stop: Stop, prior: Factors, behind: "_Behind", as_it_is: Run) -> Factors:
-    """Regress what comes behind the first 1×1, or behind the original layer, on the samples.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """What a layer is to be fitted to, at positions drawn from all batches.
 
-    With a 1×1 in front, features are the patches of its output; else they are the original
-    layer's outputs, before the bias, of which the leading combinations are kept.
+    Attributes:
+        positions: Of each batch, flat indices over its samples and the axes of the output.
+        targets: The teacher's outputs (n, Cout); where a shortcut is added, what the student's
+            shortcut lacks of the teacher's sum.
+        shift: The student's shortcut (n, Cout), if there is one.
     """
-    layer, core = stop.layer, prior.core
-    weight = layer.weight()
-    if prior.reduce is None:
-        before = np.eye(len(weight), dtype=weight.dtype)
-    else:
-        before = core.reshape(len(core), -1)
-        if prior.expand is not None:
-            before = prior.expand.reshape(len(weight), -1) @ before
-    rank = None if prior.expand is None else prior.expand.shape[1]
-    rows = _rows(stop, prior.reduce, behind.shortcut, as_it_is, before.shape[1])
-    found = regression.regress(*rows[:2], before, rank=rank, relu=behind.relu, shift=rows[2])
-    if prior.expand is None:
-        return replace(prior, core=found.core.reshape(core.shape), bias=found.bias)
-    kept = found.core
-    if prior.reduce is None:
-        kept = kept @ weight.reshape(len(weight), -1)
-    expand = found.expand.reshape(prior.expand.shape)
-    return replace(prior, core=kept.reshape(core.shape), expand=expand, bias=found.bias)
+
+    positions: list[Array]
+    targets: Array
+    shift: Array | None
+
+    def regress(
+        self, features: Array, prior: Array, *, relu: bool, rank: int | None
+    ) -> regression.Regression:
+        return regression.regress(
+            features, self.targets, prior, rank=rank, relu=relu, shift=self.shift
+        )
 
 
-def _rows(
-    stop: Stop, reduce: Array | None, shortcut: str | None, as_it_is: Run, width: int
-) -> tuple[Array, Array, Array | None]:
-    """Take positions from all batches: features (n, width), targets and shift (n, Cout).
-
-    Targets are the teacher's outputs; where a shortcut is added, what is missing to the teacher's
-    sum, and the shift is the student's shortcut.
-    """
+def _draw(stop: Stop, width: int, shortcut: str | None, batches: Sequence[Batch]) -> _Rows:
+    """Draw positions evenly from all samples, for a regression that reads `width` numbers."""
     layer, rng = stop.layer, np.random.default_rng(0)
-    channels = layer.size.out_channels
+    channels, samples = layer.size.out_channels, sum(batch.samples for batch in batches)
     wanted = max(LEAST_ROWS, ROWS_PER_FEATURE * width)
     wanted = min(wanted, ROWS_BYTES // (4 * (width + 2 * channels)))
-    samples = sum(len(x) for _, x, _ in stop.pairs())
     shortcuts = stop.values(shortcut) if shortcut else None
-    features, targets, shifts = [], [], []
-    for teacher, student, output in stop.pairs():
-        y = np.moveaxis(output, layer.channel_axis, -1)
-        positions = spread(prod(y.shape[:-1]), ceil(wanted * len(student) / samples), rng)
-        places = np.unravel_index(positions, y.shape[:-1])
-        if reduce is not None:
-            features.append(_patches(layer, reduce, student, positions))
-        else:
-            own = output if student is teacher else as_it_is(student)
-            features.append(np.moveaxis(own, layer.channel_axis, -1)[places] - layer.bias())
-        targets.append(y[places])
+    positions, targets, shifts = [], [], []
+    for batch, (_, _, output) in zip(batches, stop.pairs(), strict=True):
+        at = spread(output.size // channels, ceil(wanted * batch.samples / samples), rng)
+        positions.append(at)
+        targets.append(_at(layer, output, at))
         if shortcuts is not None:
-            right, given = (np.moveaxis(a, layer.channel_axis, -1) for a in next(shortcuts))
-            shifts.append(given[places])
-            targets[-1] = targets[-1] + right[places] - shifts[-1]
+            right, given = (
+                _at(layer, np.broadcast_to(array, output.shape), at) for array in next(shortcuts)
+            )
+            shifts.append(given)
+            targets[-1] += right - given
     shift = np.concatenate(shifts) if shifts else None
-    return np.concatenate(features), np.concatenate(targets), shift
+    return _Rows(positions, np.concatenate(targets), shift)
 
 
-def _patches(layer: Linear, reduce: Array, maps: Array, positions: Array) -> Array:
-    """Return what the kernel sees of the reduced maps, at output positions: (n, r·T)."""
-    samples, channels, *size = maps.shape
-    matrix = reduce.reshape(len(reduce), channels)
-    reduced = (matrix @ maps.reshape(samples, channels, -1)).reshape(samples, len(reduce), *size)
-    window = layer.window(size)
-    return regression.patches(reduced, positions, **asdict(window))
+def _inputs(stop: Stop, batches: Sequence[Batch]) -> Moments:
+    """Take the moments of the channels that the student reads."""
+    layer, rng = stop.layer, np.random.default_rng(0)
+    channels, samples = layer.size.in_channels, sum(batch.samples for batch in batches)
+    wanted = max(LEAST_ROWS, ROWS_PER_FEATURE * channels)
+    rows = []
+    for batch, (_, student) in zip(batches, stop.values(stop.input), strict=True):
+        at = spread(student.size // channels, ceil(wanted * batch.samples / samples), rng)
+        rows.append(_at(layer, student, at))
+    return Moments.of(np.concatenate(rows))
+
+
+def _taps(stop: Stop, positions: Sequence[Array], mean: Array) -> Array | None:
+    """Estimate what the input under one tap has in common with that under another: (T, T).
+
+    None where the input does not vary.
+    """
+    layer = stop.layer
+    taps = prod(layer.size.kernel)
+    step = max(1, sum(map(len, positions)) // TAP_ROWS)
+    products = np.zeros((taps, taps))
+    for (_, student), at in zip(stop.values(stop.input), positions, strict=True):
+        size = student.shape[2:]
+        centred = student - mean.astype(student.dtype).reshape(-1, *[1] * len(size))
+        seen = regression.patches(centred, at[::step], **asdict(layer.window(size)))
+        seen = seen.reshape(-1, taps)
+        products += seen.T @ seen
+    return products / products.diagonal().max() if products.any() else None
+
+
+def _at(layer: Linear, array: Array, positions: Array) -> Array:
+    """Take channels at some positions of what a layer reads or writes: (n, C)."""
+    rows = np.moveaxis(array, layer.channel_axis, -1)
+    return rows[np.unravel_index(positions, rows.shape[:-1])]
+
+
+def _stacked(parts: Iterable[Array], like_these: Array, width: int) -> Array:
+    """Stack rows as many as others, with no more than one of the parts in memory beside them."""
+    rows, start = np.empty((len(like_these), width), like_these.dtype), 0
+    for part in parts:
+        rows[start : start + len(part)] = part
+        start += len(part)
+    return rows
+
+
+def _pointwise(matrix: Array | None, like_this: Array) -> Array | None:
+    """Give a matrix the shape of a 1×1 kernel of as many axes as another kernel."""
+    return None if matrix is None else matrix.reshape(*matrix.shape, *[1] * (like_this.ndim - 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +247,15 @@ def _behind(graph: gs.Graph, stop: Stop) -> _Behind:
         return _Behind(None, _is_clipped(graph, output))
     (add,) = readers
     others = [tensor.name for tensor in add.inputs if tensor is not output]
-    if len(others) != 1 or others[0] not in stop.frontier:
+    if len(others) != 1 or others[0] not in stop.frontier or not _adds_to(stop, others[0]):
         return _Behind(None, relu=False)
     return _Behind(others[0], _is_clipped(graph, add.outputs[0]))
+
+
+def _adds_to(stop: Stop, shortcut: str) -> bool:
+    """Tell whether the sum of a layer's output and a shortcut has the shape of the output."""
+    shape, (_, _, output) = next(stop.values(shortcut))[0].shape, next(stop.pairs())
+    return np.broadcast_shapes(shape, output.shape) == output.shape
 
 
 def _is_clipped(graph: gs.Graph, tensor: gs.Tensor) -> bool:

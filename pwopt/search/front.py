@@ -52,17 +52,17 @@ class Point:
 
     @property
     def loss(self) -> float:
-        """What is lost by that measure: points of top-1 or of agreement, or the error itself."""
+        """What is lost by that measure: points of top-1 or of agreement, or per cent of error."""
         if self.drop_points is not None:
             return self.drop_points
-        return 100 * (1 - self.agreement) if self.agreement is not None else self.error
+        return 100 * (self.error if self.agreement is None else 1 - self.agreement)
 
     @property
     def worst_loss(self) -> float:
         """The end of the 95 % interval of `loss` at which more is lost."""
         if self.drop_ci95 is not None:
             return self.drop_ci95[1]
-        return 100 * (1 - self.agreement_ci95[0]) if self.agreement_ci95 is not None else self.error
+        return 100 * (self.error if self.agreement_ci95 is None else 1 - self.agreement_ci95[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,12 +91,14 @@ class Latencies:
     unit: Literal["ms", "MACs"] = "ms"
     key: str = ""
 
-    def recalled(self, plan: Mapping[str, str], measure: Callable[[], float]) -> float:
-        """Return a speed measured of a plan before, under the same conditions; else measure it.
+    def recalled(self, conditions: Mapping[str, str], measure: Callable[[], float]) -> float:
+        """Return the speed that was measured under these conditions before; else measure it.
 
         So the same wish leads to the same plans, although no two measurements are equal.
         """
-        digest = hashlib.sha256(json.dumps([self.key, plan], sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(
+            json.dumps([self.key, conditions], sort_keys=True).encode()
+        ).hexdigest()
         file = f"latency/{digest[:32]}.json"
         speed = folder.load(file, lambda opened: float(json.load(opened))) if self.key else None
         if speed is None:
@@ -418,7 +420,7 @@ def cache_key(
     binding = bind(model, shapes, batch=batch)
     return {
         "schema": _SCHEMA,
-        "structure": _structure(model, infer(model, binding)),
+        "structure": structure(model, infer(model, binding)),
         "inputs": {name: list(shape) for name, shape in binding.shapes.items()},
         "threads": threads,
         "batch": batch,
@@ -430,7 +432,7 @@ def cache_key(
     }
 
 
-def _structure(model: Model, shapes: Mapping[str, Sequence[int | None]]) -> str:
+def structure(model: Model, shapes: Mapping[str, Sequence[int | None]]) -> str:
     """Hash nodes, wiring and the shapes of all tensors, but not the values of weights."""
     skeleton = model.skeleton()
     proto = ModelProto(graph=skeleton.graph, opset_import=skeleton.opset_import)

@@ -16,6 +16,7 @@ from pwopt import analysis, graph
 from pwopt.calibration.refit import refit
 from pwopt.cost import Split
 from pwopt.data import Batch
+from pwopt.errors import SpecError
 from pwopt.linear import Linear
 from pwopt.lowrank import Factors
 from pwopt.model import Model
@@ -24,7 +25,7 @@ from pwopt.search.allocation import Choice, allocate
 from pwopt.search.front import Point
 from pwopt.search.latency import Latencies, Option, nominal_factors
 from pwopt.search.yardstick import Yardstick
-from pwopt.shapes import InputShapes
+from pwopt.shapes import InputShapes, bind
 
 Progress = Callable[[str, int, int | None], None]
 Plan = Mapping[str, Option]
@@ -38,6 +39,9 @@ CLOSE = 1.04
 STEPS = 6
 """How often a budget is moved, at most, until a bound holds."""
 
+RETRIES = 2
+"""How often a model that turned out slower than foretold is made faster, at most."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
@@ -49,6 +53,9 @@ class Bounds:
         max_macs: At most so many multiply-accumulates.
         max_params: At most so many parameters.
         confident: Let the upper end of the drop's 95 % interval meet `max_drop`.
+
+    Raises:
+        SpecError: a speed-up or drop is negative or NaN.
     """
 
     speedup: float | None = None
@@ -56,6 +63,11 @@ class Bounds:
     max_macs: int | None = None
     max_params: int | None = None
     confident: bool = False
+
+    def __post_init__(self) -> None:
+        for what, wanted in (("speed-up", self.speedup), ("drop", self.max_drop)):
+            if wanted is not None and not wanted >= 0:  # nor NaN
+                raise SpecError(f"a {what} of {wanted} cannot be wished for; give a number from 0")
 
     def allow(self, point: Point) -> bool:
         """Tell whether what a model has lost is within `max_drop`."""
@@ -105,6 +117,7 @@ class Search:
         yardstick: Yardstick,
         *,
         shapes: InputShapes | None = None,
+        batch: int = 1,
         cores: int = 1,
         progress: Progress | None = None,
     ) -> None:
@@ -118,6 +131,7 @@ class Search:
             batches: Samples that splits are fitted to.
             yardstick: What models are measured against.
             shapes: Open axes of the inputs.
+            batch: That of the layers' sizes; a bound on MACs is for one sample, or as in `shapes`.
             cores: Threads to fit with.
             progress: Told how far it is.
         """
@@ -130,9 +144,10 @@ class Search:
         self._batches = batches
         self._yardstick = yardstick
         self._is_timed = latencies.unit == "ms"
-        gain = yardstick.speed(model).ratio if self._is_timed else yardstick.fewer_macs(model)
-        self._gain = gain  # of the exact rewrites
+        # What the exact rewrites have gained.
+        self._gain = self._speed({}) if self._is_timed else yardstick.fewer_macs(model)
         self._size = analysis.size(model, shapes)
+        self._macs = analysis.size(model, bind(model, shapes, batch=batch).shapes).macs
         self._cores = cores
         self._progress = progress
 
@@ -182,8 +197,9 @@ class Search:
         ways = [self.ways(layer) for layer in self._layers]
         unsplit = [found[0] for found in ways]
         macs = inf
-        if bounds.max_macs is not None and self._size.macs is not None:
-            macs = bounds.max_macs - self._size.macs + sum(way.macs for way in unsplit)
+        if bounds.max_macs is not None and self._size.macs and self._macs:
+            most = bounds.max_macs * self._macs / self._size.macs  # for the whole batch
+            macs = most - self._macs + sum(way.macs for way in unsplit)
         params = inf
         if bounds.max_params is not None:
             params = bounds.max_params - self._size.params + sum(way.params for way in unsplit)
@@ -210,13 +226,13 @@ class Search:
         elif bounds.max_drop is not None:
             found = self._within_drop(bounds)
         else:
-            found = self._trial(self.plan(0, bounds))
+            found = self._trial(self._kept_plan(0, bounds))
         return found if found is not None and bounds.allow(found.point) else None
 
     def curve(self, points: int) -> None:
         """Build models all the way from the model as it is to the fastest worth building."""
         for speedup in np.geomspace(1, max(self.fastest(Bounds()), 1), points):
-            self._trial(self.plan(speedup / (1 + 1e-6), Bounds()))
+            self._trial(self._kept_plan(speedup / (1 + 1e-6), Bounds()))
 
     def model(self, trial: Trial) -> Model:
         """Return the model of a trial."""
@@ -229,17 +245,24 @@ class Search:
         """
         aim, best = speedup / self._gain, None
         for _ in range(STEPS):
-            plan = self.plan(aim, bounds)
+            plan = self._kept_plan(aim, bounds)
             if plan is None:
                 break
-            plan = self._faster(plan)
             reached = self._speed(plan)
             if reached >= speedup and (best is None or reached < best[0]):
                 best = reached, plan
             if speedup <= reached < CLOSE * speedup:
                 break
             aim *= sqrt(CLOSE) * speedup / reached
-        return None if best is None else self._trial(best[1])
+        if best is None:
+            return None
+        trial = self._trial(best[1])
+        for _ in range(RETRIES):  # fitted and measured anew it may be a little slower
+            if not self._is_timed or trial is None or trial.point.speedup >= speedup:
+                return trial
+            aim *= CLOSE
+            trial = self._trial(self._kept_plan(aim, bounds))
+        return trial if trial is not None and trial.point.speedup >= speedup else None
 
     def _within_drop(self, bounds: Bounds) -> Trial | None:
         """Build the fastest model within the bounds.
@@ -252,20 +275,19 @@ class Search:
             if fast < CLOSE * slow:
                 break
             middle = sqrt(slow * fast)
-            trial = self._trial(self.plan(middle, bounds))
+            trial = self._trial(self._kept_plan(middle, bounds))
             if trial is not None and bounds.allow(trial.point):
                 best, slow = trial, middle
             else:
                 fast = middle
         if best is None or (self._is_timed and best.point.speedup < self._gain):
-            return self._trial(self.plan(0, bounds))
+            return self._trial(self._kept_plan(0, bounds))
         return best
 
     def _trial(self, plan: Plan | None) -> Trial | None:
         """Fit, build, time and judge a plan, unless that was done before."""
         if plan is None:
             return None
-        plan = self._faster(plan)
         for done in self.trials:
             if done.plan == plan:
                 return done
@@ -286,24 +308,26 @@ class Search:
         self.trials.append(trial)
         return trial
 
-    def _faster(self, plan: Plan) -> Plan:
-        """Leave out of a plan, and of all later ones, layers that are not faster in its model."""
-        plan = {where: option for where, option in plan.items() if where not in self.put_back}
-        if not self._is_timed or not plan:
-            return plan
-        times = self._yardstick.in_place(self._model, self._layers, plan)
-        for where, (before, after) in times.items():
-            if after >= before:
-                gain = before / after
+    def _kept_plan(self, speedup: float, bounds: Bounds) -> Plan | None:
+        """Plan until every layer that is split is faster in its model; the others are put back."""
+        while plan := self.plan(speedup, bounds):
+            if not self._is_timed:
+                return plan
+            times = self._yardstick.in_place(self._model, self._layers, plan)
+            slower = {w: before / after for w, (before, after) in times.items() if after >= before}
+            if not slower:
+                return plan
+            for where, gain in slower.items():
                 self.put_back[where] = f"did not get faster in the real model: {gain:.2f}×"
-        return {where: option for where, option in plan.items() if where not in self.put_back}
+        return plan
 
     def _speed(self, plan: Plan) -> float:
-        """Measure how many times as fast as the original a plan is, or recall it."""
+        """Measure how many times as fast as the original a plan is, or recall it from the cache."""
         if not self._is_timed:
             return self._gain / self.predicted(plan)
-        ranks = {where: str(option) for where, option in plan.items()}
-        return self._latencies.recalled(ranks, lambda: self._measured_speed(plan))
+        conditions = {where: str(option) for where, option in plan.items()}
+        conditions["original"] = self._yardstick.structure
+        return self._latencies.recalled(conditions, lambda: self._measured_speed(plan))
 
     def _measured_speed(self, plan: Plan) -> float:
         factors = {where: _random(split) for where, split in self._splits(plan).items()}

@@ -38,9 +38,8 @@ class Speed:
 class Yardstick:
     """Holds the original against which models are measured.
 
-    The samples come in groups of equal size: as they are, then as shifted copies, in the same
-    order. The samples count one half and their copies the other; intervals know that copies of one
-    sample are no new evidence.
+    The samples may come in several groups, shifted differently but in the same order; intervals
+    know that copies of one sample are no new evidence.
 
     Without labels, a changed class counts by how much less likely the original takes it for than
     its own: fully where the original is sure, hardly where it wavers between the two. This comes
@@ -62,7 +61,7 @@ class Yardstick:
 
         Args:
             original: The model as it came.
-            groups: Batches of the samples as they are, and of each of their copies.
+            groups: Batches of the samples, once or in several copies.
             feeds: What latencies are measured on.
             shapes: Open axes of the inputs, to count MACs.
             threads: Threads that latencies are measured with.
@@ -88,6 +87,11 @@ class Yardstick:
     def samples(self) -> int:
         """How many samples there are, copies not counted."""
         return sum(batch.samples for batch in self._groups[0])
+
+    @property
+    def structure(self) -> str:
+        """What the original's latency depends on, beside the machine; weights' values are not."""
+        return latency.structure(self._original, {name: a.shape for name, a in self._feeds.items()})
 
     def speed(self, model: Model) -> Speed:
         """Time a model against the original."""
@@ -164,7 +168,8 @@ class Yardstick:
             likely = probabilities(expected[self._scores])
             rows, first, own = np.arange(len(likely)), likely.argmax(axis=1), self._classes(result)
             kept.append(1 - (likely[rows, first] - likely[rows, own]))
-        return _together(kept)
+        mean: Array = np.mean(kept, axis=0)
+        return mean
 
     def _drop(self, results: Sequence[Mapping[str, Array]]) -> Array | None:
         """Return for each sample the share of its copies that are lost, less those gained."""
@@ -176,7 +181,8 @@ class Yardstick:
         for expected, result in zip(self._expected, results, strict=True):
             before, after = (self._classes(outputs) == labels for outputs in (expected, result))
             lost.append(before.astype(float) - after)
-        return _together(lost)
+        mean: Array = np.mean(lost, axis=0)
+        return mean
 
     def _interval(self, values: Array) -> Interval:
         """Return the mean's 95 % interval: bootstrap over samples (Efron & Tibshirani 1993)."""
@@ -186,9 +192,3 @@ class Yardstick:
         ]
         low, high = np.percentile(means, [2.5, 97.5])
         return float(low), float(high)
-
-
-def _together(groups: Sequence[Array]) -> Array:
-    """Average over the samples as they are (the first group) and the mean of their copies."""
-    as_is, *copies = groups
-    return (as_is + np.mean(copies, axis=0)) / 2 if copies else as_is

@@ -1,16 +1,28 @@
 """Copies of images are shifted and mirrored; what is no image is left alone."""
 
+from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ASSETS, needs_assets
+from helpers import ASSETS, needs_assets, parse, random_feeds
 
 from pwopt import runtime
-from pwopt.calibration.augment import Layout, is_image, shifted
-from pwopt.data import Batch, open_data
+from pwopt.calibration.augment import (
+    JUDGED_COPIES,
+    REACHES,
+    Layout,
+    is_image,
+    shifted,
+    unsure_reach,
+    with_copies,
+)
+from pwopt.data import Batch, Samples, open_data
 from pwopt.model import Model
 from pwopt.shapes import Input
+
+REACH = 1 / 8
 
 FLOAT, BYTE = np.dtype(np.float32), np.dtype(np.uint8)
 
@@ -76,7 +88,7 @@ def movement(before: np.ndarray, after: np.ndarray) -> tuple[int, int, bool]:
 
 def test_each_image_is_moved_on_its_own() -> None:
     source = batch(400)
-    (copy,) = shifted([source], 1, seed=0)
+    (copy,) = shifted([source], 1, seed=0, reach=REACH)
     moves = [movement(*pair) for pair in zip(source.feeds["x"], copy.feeds["x"], strict=True)]
     down, right, mirrored = map(np.array, zip(*moves, strict=True))
     np.testing.assert_array_equal(np.unique(down), np.arange(-2, 3))  # an eighth of 16
@@ -100,14 +112,14 @@ def test_reach() -> None:
 def test_channels_last_and_first_are_moved_alike() -> None:
     first = batch(8)
     last = Batch({"x": np.ascontiguousarray(images(8).transpose(0, 2, 3, 1))}, None, 8)
-    (a,), (b,) = shifted([first], 1, seed=3), shifted([last], 1, seed=3)
+    (a,), (b,) = (shifted([source], 1, seed=3, reach=REACH) for source in (first, last))
     assert b.feeds["x"].flags.c_contiguous
     np.testing.assert_array_equal(a.feeds["x"], b.feeds["x"].transpose(0, 3, 1, 2))
 
 
 def test_several_images_of_a_sample_are_moved_alike() -> None:
     x = images(20)
-    (copy,) = shifted([Batch({"left": x, "right": -x}, None, 20)], 1, seed=0)
+    (copy,) = shifted([Batch({"left": x, "right": -x}, None, 20)], 1, seed=0, reach=REACH)
     np.testing.assert_array_equal(copy.feeds["left"], -copy.feeds["right"])
 
 
@@ -115,7 +127,7 @@ def test_all_else_is_kept() -> None:
     table, style = np.ones((4, 7), np.float32), images(1)
     feeds = {"x": images(4).astype(np.float16), "table": table, "style": style}
     source = Batch(feeds, np.array([5, 6, 7]), 3)  # the last row only fills it up
-    (copy,) = shifted([source], 1, seed=0)
+    (copy,) = shifted([source], 1, seed=0, reach=REACH)
     assert copy.samples == 3
     assert copy.labels is source.labels
     assert copy.feeds["table"] is table
@@ -128,19 +140,148 @@ def test_all_else_is_kept() -> None:
 
 def test_copies_differ_and_are_the_same_every_time() -> None:
     source = [batch(5), batch(3)]
-    copies = shifted(source, 2, seed=1)
+    copies = shifted(source, 2, seed=1, reach=REACH)
     assert [copy.samples for copy in copies] == [5, 3, 5, 3]
     assert not np.array_equal(copies[0].feeds["x"], copies[2].feeds["x"])
-    for one, other in zip(copies, shifted(source, 2, seed=1), strict=True):
+    for one, other in zip(copies, shifted(source, 2, seed=1, reach=REACH), strict=True):
         np.testing.assert_array_equal(one.feeds["x"], other.feeds["x"])
-    assert not np.array_equal(copies[0].feeds["x"], shifted(source, 2, seed=2)[0].feeds["x"])
+    assert not np.array_equal(
+        copies[0].feeds["x"], shifted(source, 2, seed=2, reach=REACH)[0].feeds["x"]
+    )
 
 
 def test_no_copies_without_images() -> None:
     table = Batch({"x": np.ones((4, 7), np.float32)}, None, 4)
-    assert shifted([table], 3, seed=0) == []
-    assert shifted([batch(2)], 0, seed=0) == []
-    assert len(shifted([table, batch(2)], 3, seed=0)) == 3
+    assert shifted([table], 3, seed=0, reach=REACH) == []
+    assert shifted([batch(2)], 0, seed=0, reach=REACH) == []
+    assert len(shifted([table, batch(2)], 3, seed=0, reach=REACH)) == 3
+
+
+# -- how far, and which -----------------------------------------------------------------------
+
+CLASSIFIER = """
+    net (float[N,3,16,16] x) => (float[N,2] y) <float[2,3] w, float[2] b>
+    { g = GlobalAveragePool(x)  f = Flatten(g)  y = Gemm<transB = 1>(f, w, b) }
+"""
+
+
+def classifier(slope: float, bright: float) -> Model:
+    """Make a network that is sure of images that are brighter than `bright` on average."""
+    weight = np.array([[slope, 0, 0], [0, 0, 0]])
+    return parse(CLASSIFIER, {"w": weight, "b": np.array([-slope * bright, 0])})
+
+
+def white(count: int, size: int = 16) -> Batch:
+    return Batch({"x": np.ones((count, 3, size, size), np.float32)}, None, count)
+
+
+@pytest.mark.parametrize(
+    ("bright", "reach"),
+    [
+        (0.99, 1 / 16),  # zeros of a pixel or less make it unsure
+        (0.78, 1 / 8),
+        (0.60, 1 / 4),
+        (0.10, 1 / 4),  # sure of everything
+    ],
+)
+def test_images_are_shifted_until_the_network_is_unsure(bright: float, reach: float) -> None:
+    assert unsure_reach(classifier(40, bright), [white(64), white(64)]) == reach
+
+
+def test_rows_that_only_fill_up_a_batch_do_not_make_it_sure() -> None:
+    model = classifier(40, 0.99)
+    white_and_dark = np.concatenate([np.ones((2, 3, 16, 16)), np.full((62, 3, 16, 16), -9)])
+    filled = Batch({"x": white_and_dark.astype(np.float32)}, None, 2)
+    assert unsure_reach(model, [filled]) == 1 / 16
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "net (float[N,3,16,16] x) => (float[N,3,16,16] y) { y = Identity(x) }",  # no classes
+        "net (float[N,7] x) => (float[N,7] y) { y = Softmax<axis = 1>(x) }",  # no images
+    ],
+)
+def test_where_nothing_tells_they_are_shifted_least(text: str) -> None:
+    model = parse(text)
+    rows = random_feeds(model, batch=8)
+    assert unsure_reach(model, [Batch(rows, None, 8)]) == min(REACHES)
+
+
+def source(tmp_path: Path, model: Model, x: np.ndarray, **arrays: np.ndarray) -> Samples:
+    path = tmp_path / "data.npz"
+    np.savez(path, x=x, **arrays)
+    return open_data(path, model)
+
+
+def numbered(count: int) -> np.ndarray:
+    """Make images [count, 3, 16, 16] of one colour each, from 1 on."""
+    numbers = np.arange(1, count + 1, dtype=np.float32)
+    return np.broadcast_to(numbers[:, None, None, None], (count, 3, 16, 16)).copy()
+
+
+def colours(batches: Sequence[Batch]) -> list[int]:
+    """Tell which of the numbered images these are, though shifted."""
+    return [int(image.max()) for batch in batches for image in batch.feeds["x"]]
+
+
+def test_copies_follow_their_originals_and_labels(tmp_path: Path) -> None:
+    labels = np.arange(1, 41)
+    samples = source(tmp_path, classifier(0, 0), numbered(40), labels=labels)
+    fit, groups = with_copies(classifier(0, 0), samples)
+    assert len(groups) == 1 + JUDGED_COPIES
+    as_is, *copies = groups
+    fitted, judged = colours(fit), colours(as_is)
+    assert sorted({*fitted, *judged}) == list(labels)
+    assert not {*fitted} & {*judged}
+    assert sorted(fitted) == sorted(2 * [*{*fitted}])  # each as it is and shifted
+    for copy in copies:
+        assert colours(copy) == judged
+        assert [*np.concatenate([batch.labels for batch in copy])] == judged
+    assert len({b"".join(b.feeds["x"].tobytes() for b in group) for group in groups}) == len(groups)
+    assert all((batch.feeds["x"] > 0).all() for batch in as_is)
+    assert any((batch.feeds["x"] == 0).any() for batch in copies[0])
+
+
+@pytest.mark.parametrize(("bright", "pixels"), [(99, 1), (-99, 4)])
+def test_copies_are_shifted_as_far_as_the_network_needs(
+    tmp_path: Path, bright: float, pixels: int
+) -> None:
+    model = classifier(0.01 if bright > 0 else 9, bright)
+    fit, groups = with_copies(model, source(tmp_path, model, numbered(64)))
+    copies = [batch for group in (fit, *groups[1:]) for batch in group]
+    black = [(image[0] == 0).all(axis=1).sum() for b in copies for image in b.feeds["x"]]
+    assert max(black) == pixels
+
+
+def test_the_same_seed_gives_the_same_copies(tmp_path: Path) -> None:
+    model = classifier(0, 0)
+    samples = source(tmp_path, model, numbered(24))
+    first, again, other = (
+        [
+            b.feeds["x"].tobytes()
+            for group in with_copies(model, samples, seed=seed)[1]
+            for b in group
+        ]
+        for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+    assert first[0] == other[0]  # what is held out does not depend on it
+
+
+def test_samples_beyond_the_limit_are_left_out(tmp_path: Path) -> None:
+    model = classifier(0, 0)
+    fit, groups = with_copies(model, source(tmp_path, model, numbered(40)), limit=16)
+    assert len({*colours(fit), *colours(groups[0])}) == 16
+
+
+def test_without_images_there_are_only_the_samples(tmp_path: Path) -> None:
+    model = parse("net (float[N,7] x) => (float[N,7] y) { y = Softmax<axis = 1>(x) }")
+    samples = source(tmp_path, model, np.ones((32, 7), np.float32))
+    fit, groups = with_copies(model, samples)
+    assert sum(batch.samples for batch in fit) == 24
+    assert [sum(batch.samples for batch in group) for group in groups] == [8]
 
 
 @needs_assets
@@ -158,4 +299,4 @@ def test_a_network_errs_on_copies_of_what_it_was_trained_on() -> None:
         return float(np.mean(right))
 
     assert accuracy(batches) == 1.0
-    assert 0.88 < accuracy(shifted(batches, 1, seed=0)) < 0.96  # 0.92 of unseen images
+    assert 0.88 < accuracy(shifted(batches, 1, seed=0, reach=REACH)) < 0.96  # 0.92 of unseen images

@@ -1,0 +1,294 @@
+"""What is measured of a model against the original, on samples whose right answers are known."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import Array, parse
+from made_up import layers_of
+
+from pwopt import analysis, comparing
+from pwopt.data import Batch
+from pwopt.errors import ModelError
+from pwopt.model import Model
+from pwopt.search import latency, yardstick
+from pwopt.search.front import Point
+from pwopt.search.latency import Option
+from pwopt.search.yardstick import Yardstick
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yardstick, "SECONDS", 0.0)
+    monkeypatch.setattr(latency, "SECONDS", 0.0)
+
+
+SCORES = "net (float[N,3] x) => (float[N,3] y) <float[1,3] bias> { y = Add(x, bias) }"
+
+
+def scoring(*bias: float, text: str = SCORES) -> Model:
+    """Make a model that takes scores and adds something to those of each class."""
+    return parse(text, {"bias": np.array([bias])})
+
+
+ORIGINAL = scoring(0, 0, 0)
+
+
+def batch(rows: Any, labels: Sequence[int] | None = None, samples: int | None = None) -> Batch:
+    x = np.array(rows, np.float32)
+    known = None if labels is None else np.array(labels)
+    return Batch({"x": x}, known, len(x) if samples is None else samples)
+
+
+def judged(groups: Sequence[Sequence[Batch]], model: Model, original: Model = ORIGINAL) -> Point:
+    feeds = {"x": groups[0][0].feeds["x"]}
+    return Yardstick(original, groups, feeds).point(model, None, {})
+
+
+def sure(*classes: int, height: float = 30.0) -> Array:
+    """Make scores of which one stands out."""
+    return (height * np.eye(3)[list(classes)]).astype(np.float32)
+
+
+# A model that adds 40 to class 2 always says 2.
+TWO = scoring(0, 0, 40)
+
+
+def test_the_original_itself_loses_nothing() -> None:
+    found = judged([[batch(sure(0, 1, 2), [0, 1, 1])]], scoring(0, 0, 0))
+    assert (found.drop_points, found.drop_ci95) == (0, (0, 0))
+    assert (found.agreement, found.agreement_ci95) == (1, (1, 1))
+    assert found.error == 0
+    assert found.speedup_ci95[0] <= found.speedup_ci95[1]
+    assert (found.macs, found.params) == (0, analysis.size(ORIGINAL).params)
+    assert found.predicted_ms is None
+
+
+def test_what_is_lost_less_what_is_gained_counts() -> None:
+    # Right before: the first three. Right afterwards: the last two, one of them anew.
+    group = [batch(sure(0, 1, 2), [0, 1, 2]), batch(sure(0, 1), [2, 0])]
+    assert judged([group], TWO).drop_points == pytest.approx(100 * (2 - 1) / 5)
+    assert judged([group], scoring(40, 0, 0)).drop_points == pytest.approx(100 * (2 - 1) / 5)
+    gains = [batch(sure(0, 1, 1), [2, 2, 1])]
+    assert judged([gains], TWO).drop_points == pytest.approx(-100 / 3)
+
+
+def test_samples_count_one_half_and_their_copies_the_other() -> None:
+    labels = [0, 0, 2, 2]
+    lost = [batch(sure(0, 0, 2, 2), labels)]  # half of them
+    kept = [batch(sure(1, 1, 2, 2), labels)]  # wrong before, too
+    assert judged([lost], TWO).drop_points == pytest.approx(50)
+    assert judged([kept, lost], TWO).drop_points == pytest.approx(25)
+    assert judged([lost, kept, kept, kept], TWO).drop_points == pytest.approx(25)
+    assert judged([kept, lost, kept, kept], TWO).drop_points == pytest.approx(50 / 6)
+    assert judged([kept, lost, lost, lost], TWO).drop_points == pytest.approx(25)
+    same = [batch(sure(2, 2, 2, 2), labels)]
+    agreement = judged([same, lost, same, same], TWO).agreement
+    assert agreement == pytest.approx(1 - 1 / 12, abs=1e-6)
+
+
+def test_a_changed_class_counts_by_how_sure_the_original_was() -> None:
+    rows = np.log([[0.7, 0.2, 0.1], [0.45, 0.15, 0.4], [0.1, 0.1, 0.8]])
+    found = judged([[batch(rows)]], TWO)
+    assert found.drop_points is None
+    assert found.measure == "agreement"
+    # 0 → 2 at 0.7 against 0.1; 0 → 2 at 0.45 against 0.4; unchanged
+    assert found.agreement == pytest.approx(1 - (0.6 + 0.05 + 0) / 3, abs=1e-6)
+    assert found.loss == pytest.approx(100 * 0.65 / 3, abs=1e-4)
+
+
+def test_outputs_that_are_probabilities_are_taken_as_such() -> None:
+    text = SCORES.replace("y = Add", "s = Add").replace("}", " y = Softmax<axis = 1>(s) }")
+    rows = np.log([[0.7, 0.2, 0.1], [0.45, 0.15, 0.4]])
+    found = judged([[batch(rows)]], scoring(0, 0, 40, text=text), scoring(0, 0, 0, text=text))
+    assert found.agreement == pytest.approx(1 - 0.65 / 2, abs=1e-6)
+
+
+def test_error_is_the_divergence_over_samples_and_copies() -> None:
+    rng = np.random.default_rng(0)
+    groups = [[batch(rng.standard_normal((4, 3)))] for _ in range(3)]
+    bias = np.array([0.5, 0, -0.5])
+    expected = []
+    for (one,) in groups:
+        p = comparing.log_probabilities(one.feeds["x"])
+        q = comparing.log_probabilities(one.feeds["x"] + bias)
+        expected += [*(np.exp(p) * (p - q)).sum(axis=1)]
+    found = judged(groups, scoring(*bias))
+    assert found.error == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_the_interval_holds_the_estimate_and_narrows_with_samples() -> None:
+    rng = np.random.default_rng(0)
+    widths = []
+    for count in (50, 800):
+        classes = rng.integers(3, size=count)
+        labels = np.where(rng.random(count) < 0.9, classes, (classes + 1) % 3)
+        group = [batch(sure(*classes), list(labels))]
+        found = judged([group], scoring(0, 0, 29.99 + 0.02))  # a third and more is lost
+        assert found.drop_points is not None
+        assert found.drop_ci95 is not None
+        assert found.agreement is not None
+        assert found.agreement_ci95 is not None
+        low, high = found.drop_ci95
+        assert low < found.drop_points < high
+        assert found.agreement_ci95[0] < found.agreement < found.agreement_ci95[1]
+        assert found.worst_loss == high
+        hits = (classes == labels).astype(float) - (labels == 2)
+        error = 100 * hits.std() / count**0.5
+        assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 3
+
+
+def test_copies_are_no_new_evidence() -> None:
+    """The interval is as wide with ten copies that say the same as without any."""
+    rng = np.random.default_rng(1)
+    classes = rng.integers(3, size=60)
+    group = [batch(sure(*classes), list(classes))]
+    once = judged([group], TWO)
+    often = judged([group] * 11, TWO)
+    assert often.drop_points == pytest.approx(once.drop_points)
+    assert often.drop_ci95 == pytest.approx(once.drop_ci95)
+    assert often.agreement_ci95 == pytest.approx(once.agreement_ci95)
+    feeds = {"x": sure(0)}
+    yardsticks = [Yardstick(ORIGINAL, [group] * n, feeds) for n in (1, 11)]
+    assert [y.samples for y in yardsticks] == [60, 60]
+
+
+def test_the_bootstrap_goes_by_the_seed() -> None:
+    rng = np.random.default_rng(1)
+    classes = rng.integers(3, size=60)
+    group = [batch(sure(*classes), list(classes))]
+    feeds = {"x": sure(0)}
+    found = [
+        Yardstick(ORIGINAL, [group], feeds, seed=seed).point(TWO, None, {}).agreement_ci95
+        for seed in (0, 0, 1)
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+def test_rows_that_only_fill_up_a_batch_do_not_count() -> None:
+    text = SCORES.replace("[N,3]", "[4,3]")
+    original, other = (scoring(*bias, text=text) for bias in ((0, 0, 0), (0, 0, 40)))
+    full = batch(sure(2, 2, 2, 0), [2, 2, 2, 0])
+    part = batch(sure(0, 2, 0, 0), [0, 2], samples=2)
+    groups = [[full, part]]
+    found = judged(groups, other, original)
+    assert found.drop_points == pytest.approx(100 * 2 / 6)
+    assert found.agreement == pytest.approx(1 - 2 / 6, abs=1e-6)
+    assert Yardstick(original, groups, full.feeds).samples == 6
+    only_twos = [[full, batch(sure(2, 2, 0, 0), [2, 2], samples=2)]]
+    assert judged(only_twos, other, original).drop_points == pytest.approx(100 / 6)
+
+
+def test_one_batch_without_labels_is_without_labels() -> None:
+    group = [batch(sure(0, 1), [0, 1]), batch(sure(2, 0))]
+    found = judged([group], TWO)
+    assert (found.drop_points, found.drop_ci95) == (None, None)
+    assert found.measure == "agreement"
+
+
+MAPS = """
+    net (float[N,3,2,2] x) => (float[N,3,2,2] y)
+    <float[1,3,1,1] scale> { y = Mul(x, scale) }
+"""
+
+
+def test_outputs_that_are_no_classes_are_judged_by_their_error() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((16, 3, 2, 2))
+    one = {"scale": np.ones((1, 3, 1, 1))}
+    original, half = parse(MAPS, one), parse(MAPS, {"scale": 0.5 * one["scale"]})
+    group = [batch(rows[:10], list(range(10))), batch(rows[10:], list(range(6)))]
+    found = judged([group], half, original)
+    assert found.measure == "error"
+    assert (found.drop_points, found.agreement, found.agreement_ci95) == (None, None, None)
+    centred = rows - rows.mean(axis=(0, 2, 3), keepdims=True)
+    assert found.error == pytest.approx(0.25 * (rows**2).sum() / (centred**2).sum(), rel=1e-4)
+    assert found.loss == found.worst_loss == found.error
+    assert judged([group], original, original).error == 0
+
+
+def test_several_outputs() -> None:
+    text = """
+        net (float[N,3] x) => (float[N,3,1,2] maps, float[N,3] y)
+        <float[1,3] bias, float[1,3,1,1] scale, int64[2] axes = {2, 3}, int64[4] twice = {1,1,1,2}>
+        {
+            y = Add(x, bias)
+            high = Unsqueeze(x, axes)
+            wide = Expand(high, twice)
+            maps = Mul(wide, scale)
+        }
+    """
+
+    def model(bias: float, scale: float) -> Model:
+        weights = {"bias": np.array([[0, 0, bias]]), "scale": np.full((1, 3, 1, 1), scale)}
+        return parse(text, weights)
+
+    group = [batch(np.random.default_rng(0).standard_normal((32, 3)))]
+    both, maps, scores = (
+        judged([group], model(*change), model(0, 1)) for change in ((2, 0.7), (0, 0.7), (2, 1))
+    )
+    assert maps.measure == scores.measure == "agreement"
+    assert maps.agreement == 1
+    assert scores.agreement is not None
+    assert scores.agreement < 1
+    assert both.agreement == scores.agreement
+    assert both.error == pytest.approx(maps.error + scores.error)
+    assert min(maps.error, scores.error) > 0.01
+
+
+def test_samples_of_several_sizes_keep_their_labels_apart() -> None:
+    """Images of different sizes come in batches of their own."""
+    model = parse("net (float[N,3,H,W] x) => (float[N,3,1,1] y) { y = GlobalAveragePool(x) }")
+    other = parse(
+        """net (float[N,3,H,W] x) => (float[N,3,1,1] y) <float[1,3,1,1] b>
+        { g = GlobalAveragePool(x)  y = Add(g, b) }""",
+        {"b": np.array([0, 0, 40.0]).reshape(1, 3, 1, 1)},
+    )
+    maps = [
+        np.broadcast_to(sure(*classes)[..., None, None], (len(classes), 3, size, size))
+        for classes, size in (((0, 2), 4), ((2, 2, 2), 8))
+    ]
+    group = [batch(maps[0], [0, 2]), batch(maps[1], [2, 2, 2])]
+    assert judged([group], other, model).drop_points == pytest.approx(20)
+
+
+def test_speed_and_prediction() -> None:
+    group = [batch(sure(0, 1, 2))]
+    feeds = {"x": sure(0)}
+    found = Yardstick(ORIGINAL, [group], feeds).point(TWO, 0.5, {"c": "both 16"})
+    assert found.ranks == {"c": "both 16"}
+    low, high = found.speedup_ci95
+    assert 0 < low <= found.speedup <= high
+    assert found.measured_ms > 0
+    assert found.predicted_ms == pytest.approx(0.5 * found.speedup * found.measured_ms)
+
+
+CONV = """
+    net (float[N,64,6,6] x) => (float[N,64,6,6] y)
+    <float[64,64,3,3] w> { y = Conv<pads = [1,1,1,1]>(x, w) }
+"""
+
+
+def test_macs_and_layers_in_place() -> None:
+    model = parse(CONV)
+    smaller = parse(CONV.replace("[64,64,3,3]", "[64,64,1,1]").replace("[1,1,1,1]", "[0,0,0,0]"))
+    x = np.zeros((1, 64, 6, 6), np.float32)
+    found = Yardstick(model, [[Batch({"x": x}, None, 1)]], {"x": x})
+    assert found.fewer_macs(smaller) == pytest.approx(9)
+    assert found.fewer_macs(model) == 1
+    times = found.in_place(model, layers_of(model), {"y": Option("both", 16)})
+    assert times.keys() == {"y"}
+    assert min(times["y"]) > 0
+
+
+def test_models_without_macs_are_equal() -> None:
+    assert Yardstick(ORIGINAL, [[batch(sure(0))]], {"x": sure(0)}).fewer_macs(TWO) == 1
+
+
+def test_a_model_that_does_not_run_is_told_by_name() -> None:
+    broken = parse("net (float[N,4] x) => (float[N,4] y) { y = Relu(x) }")
+    with pytest.raises(ModelError, match="onnxruntime cannot run it"):
+        Yardstick(broken, [[batch(sure(0))]], {"x": sure(0)})
