@@ -141,7 +141,9 @@ def interleave(
     """Time sessions in turn, run by run, so that what disturbs the machine hits all alike.
 
     Every other round goes backwards, so that no session always runs after the same neighbour.
-    A few runs of each come first and are not counted.
+    A few runs of each come first and are not counted. Sessions of one thread, which is then the
+    calling one, are timed by the processor time that they take: the same on an idle machine, and
+    on a busy one without the time for which others had the core.
 
     Args:
         sessions: What to time, all on the same feeds.
@@ -151,6 +153,8 @@ def interleave(
         max_rounds: and as many as this at most.
     """
     feeds = dict(feeds)
+    single = all(s.get_session_options().intra_op_num_threads == 1 for s in sessions)
+    clock = time.thread_time if single else time.perf_counter
     for timed in [*sessions] * WARM_UP_RUNS:
         timed.run(None, feeds)
     samples: list[list[float]] = []
@@ -159,8 +163,8 @@ def interleave(
         order = list(range(len(sessions)))[:: -1 if len(samples) % 2 else 1]
         row = [0.0] * len(sessions)
         for index in order:
-            begin = time.perf_counter()
+            begin = clock()
             sessions[index].run(None, feeds)
-            row[index] = (time.perf_counter() - begin) * 1e3
+            row[index] = (clock() - begin) * 1e3
         samples.append(row)
     return Timing(np.array(samples))

@@ -1,6 +1,7 @@
 """`pwopt.rewrite` from Python, on every network of the literature."""
 
 import dataclasses
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 from helpers import SMALL, parse, random_feeds, run
 
 import pwopt
-from pwopt.errors import ModelError, PwoptError, SpecError
+from pwopt.errors import BoundError, ModelError, PwoptError, SpecError
 from pwopt.models import BUILDERS
 from pwopt.observers import Timing
 from pwopt.passes.bottleneck import Bottleneck
 from pwopt.passes.fold_affine import FoldAffine
+from pwopt.search.search import Bounds
+from pwopt.workflow import AUTO, BEHIND, EXACT
 
 SQUARE = """
     net (float[N,64,8,8] x) => (float[N,64,8,8] y)
@@ -66,6 +69,20 @@ def test_a_wish_or_a_pipeline(options: dict[str, object]) -> None:
         pwopt.rewrite(parse(SQUARE), **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bottleneck": "auto"}, "calibrated on samples; add --data"),
+        ({"bottleneck": 8, "init": "calibrated"}, "calibrated on samples; add --data"),
+        ({"bottleneck": "auto", "data": list, "init": "svd"}, "leave --init svd out"),
+        ({"pipeline": "bottleneck{rank=8,init=calibrated}"}, "needs samples; add --data"),
+    ],
+)
+def test_calibration_needs_samples(options: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        pwopt.rewrite(parse(SQUARE), **options)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("rank", [0, -1, 65])
 def test_a_rank_that_fits_nothing(rank: int) -> None:
     with pytest.raises(SpecError, match="rank"):
@@ -80,7 +97,7 @@ def test_a_pipeline_as_text_or_object() -> None:
         pwopt.rewrite(model, pipeline=str(steps)),
         pwopt.rewrite(model, bottleneck=16, sides="both"),
     ]
-    assert {str(result.pipeline) for result in results} == {str(steps)}
+    assert {result.pipeline for result in results} == {str(steps)}
     assert all(r.model.to_proto() == results[0].model.to_proto() for r in results)
     assert results[0].reports == results[1].reports == results[2].reports
 
@@ -151,6 +168,116 @@ def test_before_and_after_are_the_sizes_of_the_two_models() -> None:
     assert result.after.params == 64 * 16 + 16 * 64 * 9 + 64
     assert result.after.macs == 64 * (64 * 16 + 16 * 64 * 9)
     assert (result.before.nodes, result.after.nodes) == (2, 2)
+
+
+# -- bottlenecks of chosen ranks --------------------------------------------------------------
+
+PLAIN = """
+    net (float[N,3,16,16] x) => (float[N,10] y)
+    <float[64,3,4,4] w1, float[64] b1, float[64] scale, float[64] shift, float[64] mean,
+     float[64] var, float[96,64,3,3] w2, float[10,96] w3>
+    {
+        a = Conv<strides = [4,4]>(x, w1, b1)
+        n = BatchNormalization(a, scale, shift, mean, var)
+        r = Relu(n)
+        b = Conv<pads = [1,1,1,1]>(r, w2)
+        s = Relu(b)
+        g = GlobalAveragePool(s)
+        f = Flatten(g)
+        y = Gemm<transB = 1>(f, w3)
+    }
+"""
+WIDENED = (
+    PLAIN.replace("s = Relu(b)", "c = Conv(b, w4)  s = Relu(c)")
+    .replace("float[10,96] w3", "float[10,192] w3, float[192,96,1,1] w4")
+)  # fmt: skip
+"""A 3×3, and a 1×1 of low rank that widens, so that one for both would be slower."""
+
+
+def low_rank(out: int, inner: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    weight: np.ndarray = rng.standard_normal((out, 12)) @ rng.standard_normal((12, inner))
+    return weight / (3 * inner**0.5)
+
+
+def plain() -> pwopt.Model:
+    return parse(PLAIN, {"w2": low_rank(96, 576).reshape(96, 64, 3, 3)})
+
+
+def widened() -> pwopt.Model:
+    return parse(WIDENED, {"w4": low_rank(192, 96).reshape(192, 96, 1, 1)})
+
+
+def samples() -> Iterator[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(1)
+    for _ in range(4):
+        yield {"x": rng.standard_normal((16, 3, 16, 16)).astype(np.float32)}
+
+
+def test_auto_between_exact_rewrites() -> None:
+    model = widened()
+    before = model.to_proto()
+    said: list[str] = []
+    timing = Timing()
+    result = pwopt.rewrite(
+        model,
+        bottleneck="auto",
+        data=samples,
+        bounds=Bounds(speedup=1.1),
+        cost="macs",
+        observers=[timing],
+        progress=lambda what, *_: said.append(what),
+    )
+    assert model.to_proto() == before
+    rewrote = [
+        (report.name, event.where)
+        for report in result.reports
+        for event in report.events
+        if event.kind == "rewrote"
+    ]
+    # The core of what is split merges with the 3×3 before it.
+    assert rewrote == [("fold-affine", "n"), ("bottleneck", "c"), (BEHIND, "c.core")]
+    assert result.pipeline == f"{EXACT['macs']},{AUTO},{BEHIND}"
+    assert {name for name, _ in timing.seconds} == {*EXACT["macs"].split(",")}
+    assert "fitting layers" in said
+    assert result.front is not None
+    assert (result.before.macs or 0) >= 1.1 * (result.after.macs or 0)
+    onnx.checker.check_model(result.model.to_proto(), full_check=True)
+    assert result.model.metadata()["pwopt.pipeline"] == f"fold-affine,{AUTO},{BEHIND}"
+    feeds = next(samples())
+    (expected,), (given,) = run(model, feeds), run(result.model, feeds)
+    assert ((expected - given) ** 2).sum() < 0.01 * (expected**2).sum()
+
+
+def test_auto_with_nothing_to_merge_behind() -> None:
+    result = pwopt.rewrite(
+        plain(), bottleneck="auto", data=samples, bounds=Bounds(speedup=2), cost="macs"
+    )
+    assert result.pipeline == f"{EXACT['macs']},{AUTO}"
+    assert [event.where for event in result.reports[-1].events] == ["n", "b", "y"]
+    assert result.front is not None
+    assert result.front.chosen is not None
+    assert result.front.points[result.front.chosen].macs == result.after.macs
+    assert (result.before.macs or 0) >= 2 * (result.after.macs or 0)
+
+
+def test_a_bound_that_cannot_be_kept() -> None:
+    with pytest.raises(BoundError, match=r"^net: no allocation .* 40 times as fast"):
+        pwopt.rewrite(
+            plain(), bottleneck="auto", data=samples, bounds=Bounds(speedup=40), cost="macs"
+        )
+
+
+def test_samples_at_a_given_rank() -> None:
+    all_of_them, few = (
+        pwopt.rewrite(plain(), bottleneck=16, data=samples, samples=limit) for limit in (64, 16)
+    )
+    assert all_of_them.pipeline == "fold-affine,bottleneck{rank=16,init=calibrated}"
+    assert all_of_them.reports[-1].rewrote == 1
+    assert all_of_them.front is None
+    assert all_of_them.model.to_proto() != few.model.to_proto()
+    svd = pwopt.rewrite(plain(), bottleneck=16, data=samples, init="svd")
+    assert svd.model.to_proto() == pwopt.rewrite(plain(), bottleneck=16).model.to_proto()
 
 
 # -- every network ----------------------------------------------------------------------------

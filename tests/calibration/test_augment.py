@@ -10,13 +10,14 @@ from helpers import ASSETS, needs_assets, parse, random_feeds
 
 from pwopt import runtime
 from pwopt.calibration.augment import (
+    FAR,
     JUDGED_COPIES,
-    REACHES,
+    NEAR,
     Layout,
     is_image,
+    prepare,
     shifted,
     unsure_reach,
-    with_copies,
 )
 from pwopt.data import Batch, Samples, open_data
 from pwopt.model import Model
@@ -178,21 +179,22 @@ def white(count: int, size: int = 16) -> Batch:
 @pytest.mark.parametrize(
     ("bright", "reach"),
     [
-        (0.99, 1 / 16),  # zeros of a pixel or less make it unsure
-        (0.78, 1 / 8),
-        (0.60, 1 / 4),
+        (1.00, 1 / 32),  # unsure of all of them, moved or not
+        (0.93, 1 / 16),  # a pixel of zeros makes it unsure
+        (0.82, 1 / 8),
+        (0.70, 1 / 4),
         (0.10, 1 / 4),  # sure of everything
     ],
 )
 def test_images_are_shifted_until_the_network_is_unsure(bright: float, reach: float) -> None:
-    assert unsure_reach(classifier(40, bright), [white(64), white(64)]) == reach
+    assert unsure_reach(classifier(100, bright), [white(64), white(64)]) == reach
 
 
 def test_rows_that_only_fill_up_a_batch_do_not_make_it_sure() -> None:
     model = classifier(40, 0.99)
     white_and_dark = np.concatenate([np.ones((2, 3, 16, 16)), np.full((62, 3, 16, 16), -9)])
     filled = Batch({"x": white_and_dark.astype(np.float32)}, None, 2)
-    assert unsure_reach(model, [filled]) == 1 / 16
+    assert unsure_reach(model, [filled]) == 1 / 32
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_rows_that_only_fill_up_a_batch_do_not_make_it_sure() -> None:
 def test_where_nothing_tells_they_are_shifted_least(text: str) -> None:
     model = parse(text)
     rows = random_feeds(model, batch=8)
-    assert unsure_reach(model, [Batch(rows, None, 8)]) == min(REACHES)
+    assert unsure_reach(model, [Batch(rows, None, 8)]) == min(NEAR)
 
 
 def source(tmp_path: Path, model: Model, x: np.ndarray, **arrays: np.ndarray) -> Samples:
@@ -225,63 +227,72 @@ def colours(batches: Sequence[Batch]) -> list[int]:
     return [int(image.max()) for batch in batches for image in batch.feeds["x"]]
 
 
+def raw(groups: Sequence[Sequence[Batch]]) -> set[bytes]:
+    return {b"".join(batch.feeds["x"].tobytes() for batch in group) for group in groups}
+
+
 def test_copies_follow_their_originals_and_labels(tmp_path: Path) -> None:
     labels = np.arange(1, 41)
     samples = source(tmp_path, classifier(0, 0), numbered(40), labels=labels)
-    fit, groups = with_copies(classifier(0, 0), samples)
-    assert len(groups) == 1 + JUDGED_COPIES
-    as_is, *copies = groups
-    fitted, judged = colours(fit), colours(as_is)
+    ready = prepare(classifier(0, 0), samples)
+    fitted, judged = colours(ready.fit), colours(ready.judged[0])
     assert sorted({*fitted, *judged}) == list(labels)
     assert not {*fitted} & {*judged}
     assert sorted(fitted) == sorted(2 * [*{*fitted}])  # each as it is and shifted
-    for copy in copies:
-        assert colours(copy) == judged
-        assert [*np.concatenate([batch.labels for batch in copy])] == judged
-    assert len({b"".join(b.feeds["x"].tobytes() for b in group) for group in groups}) == len(groups)
-    assert all((batch.feeds["x"] > 0).all() for batch in as_is)
-    assert any((batch.feeds["x"] == 0).any() for batch in copies[0])
+    half = len(ready.fit) // 2
+    assert all((batch.feeds["x"] > 0).all() for batch in ready.fit[:half])
+    assert any((batch.feeds["x"] == 0).any() for batch in ready.fit[half:])
+    assert len(ready.judged) == JUDGED_COPIES
+    for group in (ready.tried, *ready.judged):
+        assert colours(group) == judged
+        assert [*np.concatenate([batch.labels for batch in group])] == judged
 
 
-@pytest.mark.parametrize(("bright", "pixels"), [(99, 1), (-99, 4)])
-def test_copies_are_shifted_as_far_as_the_network_needs(
-    tmp_path: Path, bright: float, pixels: int
+def edge(batches: Sequence[Batch]) -> int:
+    """Count the rows of pixels that the farthest shift leaves black."""
+    images = [image for batch in batches for image in batch.feeds["x"]]
+    return max(int((image[0] == 0).all(axis=1).sum()) for image in images)
+
+
+@pytest.mark.parametrize(("model", "pixels"), [(classifier(0, 0), 0), (classifier(99, -9), 4)])
+def test_models_are_judged_as_far_out_as_it_takes(
+    tmp_path: Path, model: Model, pixels: int
 ) -> None:
-    model = classifier(0.01 if bright > 0 else 9, bright)
-    fit, groups = with_copies(model, source(tmp_path, model, numbered(64)))
-    copies = [batch for group in (fit, *groups[1:]) for batch in group]
-    black = [(image[0] == 0).all(axis=1).sum() for b in copies for image in b.feeds["x"]]
-    assert max(black) == pixels
+    ready = prepare(model, source(tmp_path, model, numbered(64)))
+    assert edge([batch for group in ready.judged for batch in group]) == pixels
+    assert edge(ready.fit) == edge(ready.tried) == 16 * FAR
+
+
+def test_every_copy_is_another(tmp_path: Path) -> None:
+    model = classifier(99, -9)
+    ready = prepare(model, source(tmp_path, model, numbered(64)))
+    assert len(raw([ready.tried, *ready.judged])) == 1 + JUDGED_COPIES
 
 
 def test_the_same_seed_gives_the_same_copies(tmp_path: Path) -> None:
-    model = classifier(0, 0)
+    model = classifier(99, -9)
     samples = source(tmp_path, model, numbered(24))
-    first, again, other = (
-        [
-            b.feeds["x"].tobytes()
-            for group in with_copies(model, samples, seed=seed)[1]
-            for b in group
-        ]
-        for seed in (0, 0, 1)
-    )
-    assert first == again
-    assert first != other
-    assert first[0] == other[0]  # what is held out does not depend on it
+    first, again, other = (prepare(model, samples, seed=seed) for seed in (0, 0, 9))
+    for get in ("judged", "tried", "fit"):
+        groups = [getattr(ready, get) for ready in (first, again, other)]
+        one, same, another = (raw(g if get == "judged" else [g]) for g in groups)
+        assert one == same
+        assert not one & another
+    assert colours(first.judged[0]) == colours(other.judged[0])  # what is held out stays
 
 
 def test_samples_beyond_the_limit_are_left_out(tmp_path: Path) -> None:
     model = classifier(0, 0)
-    fit, groups = with_copies(model, source(tmp_path, model, numbered(40)), limit=16)
-    assert len({*colours(fit), *colours(groups[0])}) == 16
+    ready = prepare(model, source(tmp_path, model, numbered(40)), limit=16)
+    assert len({*colours(ready.fit), *colours(ready.judged[0])}) == 16
 
 
 def test_without_images_there_are_only_the_samples(tmp_path: Path) -> None:
     model = parse("net (float[N,7] x) => (float[N,7] y) { y = Softmax<axis = 1>(x) }")
-    samples = source(tmp_path, model, np.ones((32, 7), np.float32))
-    fit, groups = with_copies(model, samples)
-    assert sum(batch.samples for batch in fit) == 24
-    assert [sum(batch.samples for batch in group) for group in groups] == [8]
+    ready = prepare(model, source(tmp_path, model, np.ones((32, 7), np.float32)))
+    assert sum(batch.samples for batch in ready.fit) == 24
+    assert [sum(batch.samples for batch in group) for group in ready.judged] == [8]
+    assert ready.tried == ready.judged[0]
 
 
 @needs_assets

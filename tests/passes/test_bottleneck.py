@@ -32,10 +32,14 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from pwopt.analysis import analyze, size
-from pwopt.errors import ModelError, SpecError
+from pwopt.candidates import Choice
+from pwopt.data import Samples
+from pwopt.errors import DataError, ModelError, SpecError
 from pwopt.model import Model
 from pwopt.passes.bottleneck import Bottleneck
+from pwopt.registry import pipeline
 from pwopt.rewriting import Context
+from pwopt.shapes import inputs
 
 Array = npt.NDArray[Any]
 
@@ -770,3 +774,111 @@ def test_random_networks(model: Model, rank: int, sides: Any) -> None:
     assert_same_numbers(outcome.model, wanted)
     outputs = [output.shape for output in run(model, random_feeds(model))]
     assert [output.shape for output in run(outcome.model, random_feeds(model))] == outputs
+
+
+# -- fitted to samples ------------------------------------------------------------------------
+
+CHAIN = """
+net (float[N,16,8,8] x) => (float[N,32,8,8] y)
+<float[32,16,3,3] w1, float[32] b1, float[32,32,3,3] w2, float[32] b2, float[32,32,3,3] w3>
+{
+    c = Conv<pads=[1,1,1,1]>(x, w1, b1)
+    r = Relu(c)
+    d = Conv<pads=[1,1,1,1]>(r, w2, b2)
+    s = Relu(d)
+    y = Conv<pads=[1,1,1,1]>(s, w3)
+}
+"""
+CALIBRATED = Bottleneck(rank=8, min_channels=16, init="calibrated")
+
+
+def maps(count: int, *, seed: int) -> Array:
+    """Draw inputs (count, 16, 8, 8) whose channels go together, as those of networks do."""
+    mix = np.random.default_rng(0).standard_normal((16, 6))
+    sources = np.random.default_rng(seed).standard_normal((count, 6, 8, 8))
+    return np.einsum("cs,nshw->nchw", mix, sources).astype(np.float32)
+
+
+def calibration(model: Model, x: Array | None = None) -> Samples:
+    """Offer 64 inputs in one batch."""
+    given = maps(64, seed=1) if x is None else x
+    return Samples("made up", inputs(model), lambda: iter([({"x": given}, None)]), len(given))
+
+
+def error(model: Model, other: Model) -> float:
+    """Return the relative error on inputs like those of the samples, but others."""
+    (expected,), (given,) = (run(m, {"x": maps(32, seed=2)}) for m in (model, other))
+    return float(((expected - given) ** 2).sum() / (expected**2).sum())
+
+
+@pytest.mark.parametrize("sides", ["input", "output", "both", "auto"])
+def test_fitted_to_samples_the_outputs_are_closer(sides: Choice) -> None:
+    model = parse(CHAIN)
+    by_weight = Bottleneck(rank=8, min_channels=16, sides=sides)
+    fitted = Bottleneck(rank=8, min_channels=16, sides=sides, init="calibrated")
+    plain = apply(model, by_weight)
+    calibrated = apply(model, fitted, samples=calibration(model))
+    assert calibrated.rewrote == plain.rewrote
+    assert {*plain.rewrote} >= {"d", "y"}
+    assert [e.data for e in calibrated.events] == [e.data for e in plain.events]
+    shapes = [{tensor.shape for tensor in values(o.proto).values()} for o in (calibrated, plain)]
+    assert shapes[0] == shapes[1] | {(32,)}  # a bias where there was none
+    assert error(model, calibrated.model) < 0.6 * error(model, plain.model)
+
+
+def test_what_is_not_split_is_untouched() -> None:
+    model = parse(CHAIN)
+    step = Bottleneck(rank=8, min_channels=32, init="calibrated")
+    outcome = apply(model, step, samples=calibration(model))
+    assert outcome.rewrote == ["d", "y"]
+    assert "only 16 input channels" in outcome.reasons["c"]
+    np.testing.assert_array_equal(values(outcome.proto)["w1"], values(model.proto)["w1"])
+
+
+def test_shared_weights_are_fitted_each_to_its_own_inputs() -> None:
+    text = CHAIN.replace(", float[32,32,3,3] w3", "").replace("(s, w3)", "(s, w2)")
+    model = parse(text)
+    plain = apply(model, Bottleneck(rank=8, min_channels=16))
+    calibrated = apply(model, CALIBRATED, samples=calibration(model))
+    assert plain.rewrote == calibrated.rewrote == ["c", "d", "y"]
+    assert len(values(plain.proto)) < len(values(calibrated.proto))
+    assert error(model, calibrated.model) < 0.6 * error(model, plain.model)
+
+
+def test_grouped_convolutions_are_left_alone_when_fitted() -> None:
+    text = CHAIN.replace("[32,32,3,3] w2", "[32,16,3,3] w2").replace(
+        "d = Conv<", "d = Conv<group = 2, "
+    )
+    model = parse(text)
+    outcome = apply(model, CALIBRATED, samples=calibration(model))
+    assert outcome.rewrote == ["c", "y"]
+    assert "group" in outcome.reasons["d"]
+
+
+def test_the_same_samples_give_the_same_weights() -> None:
+    model = parse(CHAIN)
+    one, two = (apply(model, CALIBRATED, samples=calibration(model), seed=4) for _ in range(2))
+    assert one.proto == two.proto
+    other = apply(model, CALIBRATED, samples=calibration(model, maps(64, seed=9)))
+    assert one.proto != other.proto
+
+
+def test_no_more_samples_than_allowed_are_used() -> None:
+    model = parse(CHAIN)
+    x = maps(64, seed=1)
+    few = apply(model, CALIBRATED, samples=calibration(model), most_samples=16)
+    assert few.proto != apply(model, CALIBRATED, samples=calibration(model)).proto
+    with pytest.raises(DataError, match="7 samples are too few"):
+        apply(model, CALIBRATED, samples=calibration(model, x[:7]))
+
+
+def test_fitting_needs_samples() -> None:
+    with pytest.raises(SpecError, match="init=calibrated needs samples; add --data"):
+        apply(parse(CHAIN), CALIBRATED)
+
+
+@pytest.mark.parametrize("text", ["bottleneck{rank=8,init=calibrated}", "bottleneck{rank=8}"])
+def test_init_is_written_only_where_it_is_chosen(text: str) -> None:
+    assert str(pipeline(text)) == text
+    with pytest.raises(SpecError, match="init"):
+        pipeline("bottleneck{rank=8,init=magic}")
