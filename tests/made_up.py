@@ -11,7 +11,7 @@ from pwopt import analysis
 from pwopt.cost import Split
 from pwopt.linear import Linear, linear
 from pwopt.model import Model
-from pwopt.search import latency
+from pwopt.search import latency, yardstick
 from pwopt.search.latency import Latencies
 from pwopt.search.yardstick import Speed, Yardstick
 from pwopt.shapes import bind, infer
@@ -104,6 +104,7 @@ def time_by_macs(monkeypatch: pytest.MonkeyPatch) -> None:
             if (option := plan.get(layer.where))
         }
 
+    monkeypatch.setattr(yardstick, "RESAMPLES", 200)
     monkeypatch.setattr(latency, "measure", macs_as_ms)
     monkeypatch.setattr(Yardstick, "speed", speed)
     monkeypatch.setattr(Yardstick, "in_place", in_place)

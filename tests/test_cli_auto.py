@@ -12,12 +12,14 @@ from helpers import ASSETS, Array, needs_assets, parse, run
 from made_up import images, network, time_by_macs
 from PIL import Image
 
-from pwopt import runtime, tuning
+from pwopt import runtime, tuning, workflow
 from pwopt.analysis import size
 from pwopt.cli import main
 from pwopt.data import open_data
+from pwopt.errors import BoundError
 from pwopt.model import Model
 from pwopt.report.front import from_json
+from pwopt.search.search import Bounds
 
 MODEL = network()
 FRESH, FRESH_CLASSES = images(512, seed=4)
@@ -209,11 +211,29 @@ def test_the_table(net: Path, data: Path) -> None:
     assert lines[-1].startswith("16 samples, 1 thread, batch 1; [95 % intervals]")
 
 
-def test_one_point_is_the_default(net: Path, data: Path) -> None:
-    outputs = [net.with_name(name) for name in ("default.onnx", "one.onnx")]
-    for output, options in zip(outputs, ([], ["--max-drop", 1]), strict=True):
-        assert auto(net, data, "-o", output, *options).exit_code == 0
-    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+@pytest.mark.parametrize(
+    ("options", "bounds"),
+    [
+        ("", Bounds(max_drop=1.0)),
+        ("--confident", Bounds(max_drop=1.0, confident=True)),
+        ("--max-drop 0", Bounds(max_drop=0)),
+        ("--max-drop 2.5 --confident", Bounds(max_drop=2.5, confident=True)),
+        ("--speedup 2", Bounds(speedup=2)),
+        ("--max-macs 5000", Bounds(max_macs=5000)),
+        ("--max-params 5 --speedup 1.5", Bounds(max_params=5, speedup=1.5)),
+    ],
+)
+def test_one_point_is_allowed_where_nothing_else_is_said(
+    net: Path, data: Path, monkeypatch: pytest.MonkeyPatch, options: str, bounds: Bounds
+) -> None:
+    def stop(*_: Any, **given: Any) -> None:
+        asked.append(given["bounds"])
+        raise BoundError("enough")
+
+    asked: list[Bounds] = []
+    monkeypatch.setattr(workflow, "rewrite", stop)
+    failed(auto(net, data, *options.split()), 3, "enough")
+    assert asked == [bounds]
 
 
 def test_another_bound_takes_the_place_of_the_default(net: Path, data: Path) -> None:
@@ -249,7 +269,7 @@ def test_without_labels_agreement_counts(net: Path) -> None:
     assert "points" not in table
 
 
-@pytest.mark.parametrize("extra", [("--cost", "macs"), ("--seed", 3), ("--batch", 2)])
+@pytest.mark.parametrize("extra", [("--seed", 3), ("--batch", 2)])
 def test_the_same_twice(net: Path, data: Path, extra: tuple[object, ...]) -> None:
     outputs = [net.with_name(name) for name in ("first.onnx", "second.onnx")]
     for output in outputs:

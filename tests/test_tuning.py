@@ -11,6 +11,7 @@ import pytest
 from helpers import Array, parse, run
 from made_up import images, layers_of, macs_as_ms, network, time_by_macs
 
+from pwopt import tuning
 from pwopt.analysis import size
 from pwopt.data import Samples
 from pwopt.errors import BoundError, DataError, ModelError
@@ -21,7 +22,7 @@ from pwopt.search.latency import Option
 from pwopt.search.search import Bounds
 from pwopt.search.yardstick import Yardstick
 from pwopt.shapes import inputs
-from pwopt.tuning import CURVE, Tuned, tune
+from pwopt.tuning import Tuned, tune
 
 
 @pytest.fixture(autouse=True)
@@ -278,11 +279,12 @@ def test_a_bottleneck_that_is_there_stays() -> None:
     assert not any(event.where in split for event in again.events if event.kind == "rewrote")
 
 
-def test_the_curve() -> None:
+def test_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "CURVE", 5)
     result = tuned(HALF, curve=True)
     points = result.front.points
     speeds = sorted(point.speedup for point in points)
-    assert len(points) >= CURVE / 2
+    assert len(points) >= 4
     assert speeds[0] == 1
     assert speeds[-1] > 3
     assert len({tuple(sorted(point.ranks.items())) for point in points}) == len(points)

@@ -4,10 +4,11 @@ A split changes what all later layers read. So each split layer is fitted in tur
 *original* layer's outputs on the inputs that the network has once all earlier layers are split
 (Zhang et al. 2015, "Accelerating Very Deep Convolutional Networks", asymmetric reconstruction).
 
-The 1×1 in front comes in closed form from the moments of those inputs; what follows is regressed on
-it. Where a Relu follows, the error behind the Relu counts; where the layer's output is added to a
-shortcut, the sum is what is reconstructed (He et al. 2017, "Channel Pruning", section 3.3), so that
-the error that the shortcut brings is mended as well.
+The 1×1 in front comes in closed form, from the moments of those inputs and from what neighbouring
+positions have in common; what follows is regressed on it. Where a Relu follows, the error behind
+the Relu counts; where the layer's output is added to a shortcut, the sum is what is reconstructed
+(He et al. 2017, "Channel Pruning", section 3.3), so that the error that the shortcut brings is
+mended as well.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ from pwopt.runtime import Array
 Progress = Callable[[str, int, int | None], None]
 Run = Callable[[Array], Array]
 
-ROWS_PER_FEATURE = 20
+ROWS_PER_FEATURE = 10
 """Positions that a regression takes from all samples together, for each number it reads, …"""
 
 LEAST_ROWS = 1 << 14
@@ -42,6 +43,9 @@ LEAST_ROWS = 1 << 14
 
 ROWS_BYTES = 256 << 20
 """… and no more than fit into these bytes."""
+
+DAMPING = 0.01
+"""Pull to the closed form: late layers of small maps have few rows for their features."""
 
 TAP_ROWS = 4096
 """Positions at which it is estimated how alike neighbours are."""
@@ -156,7 +160,13 @@ class _Rows:
         self, features: Array, prior: Array, *, relu: bool, rank: int | None
     ) -> regression.Regression:
         return regression.regress(
-            features, self.targets, prior, rank=rank, relu=relu, shift=self.shift
+            features,
+            self.targets,
+            prior,
+            rank=rank,
+            relu=relu,
+            shift=self.shift,
+            damping=DAMPING,
         )
 
 
