@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_graphsurgeon as gs
 
@@ -131,7 +131,7 @@ def tune(
         raise BoundError(f"{original.name}: {_unreached(bounds, search)}")
     front = Front(
         model=original.name,
-        original=yardstick.point(original, 1.0, {}),
+        original=replace(yardstick.point(original, None, {}), speedup=1.0, speedup_ci95=(1.0, 1.0)),
         points=tuple(trial.point for trial in search.trials),
         chosen=search.trials.index(best),
         threads=threads,

@@ -34,8 +34,8 @@ NEAR = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 SURE = 0.995
 """A network that gives its first class this probability on average knows the images by heart."""
 
-JUDGED_COPIES = 4
-"""Shifted copies of each image that models are judged by."""
+JUDGED_COPIES = 3
+"""Shifted copies of each image that models are judged by, beside the image itself."""
 
 CHANNELS = (1, 3, 4)
 """Gray, colour, and colour with transparency or depth."""
@@ -71,10 +71,10 @@ class Prepared:
     Attributes:
         fit: To fit splits to: images as they are, and one shifted copy of each.
         tried: Held out, to try single splits on: shifted copies.
-        judged: Held out, to judge models by: groups of the same samples in the same order, each
-            with other shifts.
+        judged: Held out, to judge models by: the samples as they are, then groups of the same
+            ones in the same order, each with other shifts.
 
-    Samples without images are as they are everywhere, in one group.
+    Samples without images are as they are everywhere, and `judged` is one group.
     """
 
     fit: list[Batch]
@@ -100,7 +100,7 @@ def prepare(
     return Prepared(
         fit=[*chosen.fit, *shifted(chosen.fit, 1, seed=seed, reach=FAR)],
         tried=shifted(held_out, 1, seed=seed + 1, reach=FAR) or held_out,
-        judged=[*filter(None, copies)] or [held_out],
+        judged=[held_out, *filter(None, copies)],
     )
 
 

@@ -38,8 +38,10 @@ class Speed:
 class Yardstick:
     """Holds the original against which models are measured.
 
-    The samples may come in several groups, shifted differently but in the same order; intervals
-    know that copies of one sample are no new evidence.
+    The samples come as they are, then perhaps as groups of copies, shifted a little, in the same
+    order. They count one half and their copies the other: on its own training images a network is
+    too sure of itself, on shifted ones less sure than on unseen ones. Intervals know that copies of
+    one sample are no new evidence.
 
     Without labels, a changed class counts by how much less likely the original takes it for than
     its own: fully where the original is sure, hardly where it wavers between the two. This comes
@@ -168,8 +170,7 @@ class Yardstick:
             likely = probabilities(expected[self._scores])
             rows, first, own = np.arange(len(likely)), likely.argmax(axis=1), self._classes(result)
             kept.append(1 - (likely[rows, first] - likely[rows, own]))
-        mean: Array = np.mean(kept, axis=0)
-        return mean
+        return _together(kept)
 
     def _drop(self, results: Sequence[Mapping[str, Array]]) -> Array | None:
         """Return for each sample the share of its copies that are lost, less those gained."""
@@ -181,8 +182,7 @@ class Yardstick:
         for expected, result in zip(self._expected, results, strict=True):
             before, after = (self._classes(outputs) == labels for outputs in (expected, result))
             lost.append(before.astype(float) - after)
-        mean: Array = np.mean(lost, axis=0)
-        return mean
+        return _together(lost)
 
     def _interval(self, values: Array) -> Interval:
         """Return the mean's 95 % interval: bootstrap over samples (Efron & Tibshirani 1993)."""
@@ -192,3 +192,10 @@ class Yardstick:
         ]
         low, high = np.percentile(means, [2.5, 97.5])
         return float(low), float(high)
+
+
+def _together(groups: Sequence[Array]) -> Array:
+    """Average over the samples as they are, the first group, and the mean of their copies."""
+    as_is, *copies = groups
+    together: Array = (as_is + np.mean(copies, axis=0)) / 2 if copies else as_is
+    return together

@@ -192,7 +192,7 @@ def test_images_are_shifted_until_the_network_is_unsure(bright: float, reach: fl
 
 def test_rows_that_only_fill_up_a_batch_do_not_make_it_sure() -> None:
     model = classifier(40, 0.99)
-    white_and_dark = np.concatenate([np.ones((2, 3, 16, 16)), np.full((62, 3, 16, 16), -9)])
+    white_and_dark = np.concatenate([np.ones((2, 3, 16, 16)), np.full((254, 3, 16, 16), -9)])
     filled = Batch({"x": white_and_dark.astype(np.float32)}, None, 2)
     assert unsure_reach(model, [filled]) == 1 / 32
 
