@@ -124,9 +124,7 @@ def tune(
         cores=cores,
         progress=progress,
     )
-    best = search.find(bounds)
-    if curve:
-        search.curve(CURVE)
+    best = search.find(bounds, curve=CURVE if curve else 0)
     if best is None:
         raise BoundError(f"{original.name}: {_unreached(bounds, search)}")
     front = Front(
@@ -161,9 +159,10 @@ def _unreached(bounds: Bounds, search: Search) -> str:
         wanted.append(f"at most {bounds.max_params:,} parameters")
     text = f"no allocation found that is {' with '.join(wanted)}"
     if not search.trials:
-        return text
+        return f"{text}; nothing faster than {search.limit:.2f}× is worth building"
     fastest = max((trial.point for trial in search.trials), key=lambda point: point.speedup)
-    return f"{text}; {fastest.speedup:.2f}× loses {fastest.loss:.3g} ({fastest.measure})"
+    unit = "points" if fastest.measure != "error" else "% error"
+    return f"{text}; {fastest.speedup:.2f}× loses {fastest.loss:.3g} {unit}"
 
 
 def _event(where: str, layer: Linear | str, best: Trial, table: Latencies, search: Search) -> Event:

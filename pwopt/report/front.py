@@ -105,7 +105,7 @@ def table(front: Front) -> Group:
     grid.add_column("predicted", justify="right", no_wrap=True)
     if front.original.measure != "error":
         grid.add_column(front.original.measure, no_wrap=True)
-    for heading in ("error", "MACs", "parameters", "layers split"):
+    for heading in ("error", "MACs", "params", "split"):
         grid.add_column(heading, justify="right")
     grid.add_row("original", *_row(front.original), style="dim")
     for point in best:

@@ -66,7 +66,7 @@ class Bounds:
 
     def __post_init__(self) -> None:
         for what, wanted in (("speed-up", self.speedup), ("drop", self.max_drop)):
-            if wanted is not None and not wanted >= 0:  # nor NaN
+            if wanted is not None and not 0 <= wanted < inf:  # nor NaN
                 raise SpecError(f"a {what} of {wanted} cannot be wished for; give a number from 0")
 
     def allow(self, point: Point) -> bool:
@@ -151,6 +151,11 @@ class Search:
         self._cores = cores
         self._progress = progress
 
+    @property
+    def limit(self) -> float:
+        """The speed-up over the original beyond which no plan is worth building."""
+        return self._gain * self.fastest(Bounds())
+
     def harm(self, where: str, option: Option) -> float:
         """Return what a split alone does to the outputs; infinite where it is not known."""
         return self._harms.get(where, {}).get(option, inf)
@@ -215,30 +220,35 @@ class Search:
 
     # -- models -------------------------------------------------------------------------------
 
-    def find(self, bounds: Bounds) -> Trial | None:
-        """Build the best model within the bounds; None where there is none.
+    def find(self, bounds: Bounds, *, curve: int = 0) -> Trial | None:
+        """Build models and return the best within the bounds; None where none is.
 
-        The most accurate one at the speed wanted; else the fastest that loses no more than is
-        allowed; else the most accurate one of the size allowed. It may have no layer split.
+        That is the most accurate one at the speed wanted; else the fastest that loses no more than
+        is allowed; else the most accurate one of the size allowed. It may have no layer split.
+
+        Args:
+            bounds: What is wanted.
+            curve: So many models, from the slowest to the fastest worth building, are built too.
         """
         if bounds.speedup is not None:
-            found = self._at_speed(bounds.speedup, bounds)
+            self._aim(bounds.speedup, bounds)
         elif bounds.max_drop is not None:
-            found = self._within_drop(bounds)
+            self._bisect(bounds)
         else:
-            found = self._trial(self._kept_plan(0, bounds))
-        return found if found is not None and bounds.allow(found.point) else None
-
-    def curve(self, points: int) -> None:
-        """Build models all the way from the model as it is to the fastest worth building."""
-        for speedup in np.geomspace(1, max(self.fastest(Bounds()), 1), points):
-            self._trial(self._kept_plan(speedup / (1 + 1e-6), Bounds()))
+            self._trial(self._kept_plan(0, bounds))
+        if curve:
+            for speedup in np.geomspace(1, max(self.fastest(Bounds()), 1), curve):
+                self._trial(self._kept_plan(speedup / (1 + 1e-6), Bounds()))
+        within = [trial for trial in self.trials if self._meets(trial, bounds)]
+        if bounds.speedup is None and bounds.max_drop is not None:
+            return max(within, key=self._reached, default=None)
+        return min(within, key=lambda trial: trial.point.loss, default=None)
 
     def model(self, trial: Trial) -> Model:
         """Return the model of a trial."""
         return split_model(self._model, self._layers, trial.factors)
 
-    def _at_speed(self, speedup: float, bounds: Bounds) -> Trial | None:
+    def _aim(self, speedup: float, bounds: Bounds) -> None:
         """Build the least harmful model that is so many times as fast as the original.
 
         Speed is measured before anything is fitted, since it does not depend on values.
@@ -254,35 +264,44 @@ class Search:
             if speedup <= reached < CLOSE * speedup:
                 break
             aim *= sqrt(CLOSE) * speedup / reached
-        if best is None:
-            return None
-        trial = self._trial(best[1])
+        trial = None if best is None else self._trial(best[1])
         for _ in range(RETRIES):  # fitted and measured anew it may be a little slower
-            if not self._is_timed or trial is None or trial.point.speedup >= speedup:
-                return trial
+            if trial is None or self._reached(trial) >= speedup:
+                break
             aim *= CLOSE
             trial = self._trial(self._kept_plan(aim, bounds))
-        return trial if trial is not None and trial.point.speedup >= speedup else None
 
-    def _within_drop(self, bounds: Bounds) -> Trial | None:
-        """Build the fastest model within the bounds.
+    def _bisect(self, bounds: Bounds) -> None:
+        """Build models around the fastest within the bounds.
 
         Bisects the speed on a logarithmic scale: what is lost grows with it, by and large.
         """
         slow, fast = 1.0, self.fastest(bounds)
-        best = None
         for _ in range(STEPS):
             if fast < CLOSE * slow:
                 break
             middle = sqrt(slow * fast)
             trial = self._trial(self._kept_plan(middle, bounds))
             if trial is not None and bounds.allow(trial.point):
-                best, slow = trial, middle
+                slow = middle
             else:
                 fast = middle
-        if best is None or (self._is_timed and best.point.speedup < self._gain):
-            return self._trial(self._kept_plan(0, bounds))
-        return best
+        allowed = [self._reached(trial) for trial in self.trials if bounds.allow(trial.point)]
+        if max(allowed, default=0.0) < self._gain:
+            self._trial(self._kept_plan(0, bounds))
+
+    def _meets(self, trial: Trial, bounds: Bounds) -> bool:
+        point = trial.point
+        return (
+            bounds.allow(point)
+            and (bounds.speedup is None or self._reached(trial) >= bounds.speedup)
+            and (bounds.max_macs is None or (point.macs or inf) <= bounds.max_macs)
+            and (bounds.max_params is None or point.params <= bounds.max_params)
+        )
+
+    def _reached(self, trial: Trial) -> float:
+        """Return how many times as fast as the original it is, by time or by MACs."""
+        return trial.point.speedup if self._is_timed else self._speed(trial.plan)
 
     def _trial(self, plan: Plan | None) -> Trial | None:
         """Fit, build, time and judge a plan, unless that was done before."""

@@ -86,6 +86,7 @@ class Yardstick:
         self._threads = threads
         self._cores = cores
         self._seed = seed
+        self._latency_ms = self.speed(original).original_ms
         self._expected = [self._outputs(original, group) for group in groups]
         first = self._expected[0]
         self._scores = class_scores(first, len(next(iter(first.values()))))
@@ -121,6 +122,9 @@ class Yardstick:
     def point(self, model: Model, predicted: float | None, ranks: Mapping[str, str]) -> Point:
         """Time and judge a model. `predicted` is its share of the original's latency, if known.
 
+        Milliseconds are those of the original, measured once, times such a share: so they can be
+        compared although the machine is not always equally fast.
+
         Raises:
             ModelError: onnxruntime cannot run the model.
         """
@@ -134,8 +138,8 @@ class Yardstick:
         return Point(
             speedup=speed.ratio,
             speedup_ci95=speed.ci95,
-            predicted_ms=None if predicted is None else predicted * speed.original_ms,
-            measured_ms=speed.model_ms,
+            predicted_ms=None if predicted is None else predicted * self._latency_ms,
+            measured_ms=self._latency_ms / speed.ratio,
             macs=size.macs,
             params=size.params,
             drop_points=None if drop is None else 100 * float(drop.mean()),
