@@ -107,9 +107,10 @@ class Bottleneck(Pass):
         found = candidate(
             model, node, known, rank=self.rank, sides=self.sides, min_channels=self.min_channels
         )
-        if self.init == "calibrated" and isinstance(layer := linear(node, known), str):
-            return found if isinstance(found, str) else layer
-        return found
+        if isinstance(found, str) or self.init == "svd":
+            return found
+        layer = linear(node, known)  # what is calibrated may say no as well
+        return layer if isinstance(layer, str) else found
 
     def _fitted(
         self,

@@ -41,7 +41,7 @@ def load(name: str, read: Callable[[IO[bytes]], T]) -> T | None:
     return value
 
 
-def store(name: str, write: Callable[[IO[bytes]], None]) -> None:
+def store(name: str, write: Callable[[IO[bytes]], object]) -> None:
     """Cache what `write` writes, whole or not at all; do nothing where that is not possible."""
     path = cache_folder() / name
     with contextlib.suppress(OSError, PwoptError):

@@ -1,6 +1,5 @@
 """Original against rewritten, on the same inputs: numbers, accuracy, latency, size."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -15,10 +14,8 @@ from pwopt.data import Batch, Samples, Source, fixed_batch, open_data, random_da
 from pwopt.errors import DataError, ModelError, SpecError
 from pwopt.model import Model
 from pwopt.pair import Latency, Pair, Side
+from pwopt.progress import Progress
 from pwopt.shapes import InputShapes, inputs
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with what is being done, how many samples of it are done, and how many there are."""
 
 
 @dataclass(frozen=True, slots=True)

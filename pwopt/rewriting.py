@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from typing import ClassVar, Literal, Protocol
@@ -13,6 +13,7 @@ from pwopt.data import Samples
 from pwopt.editing import Edit
 from pwopt.errors import PwoptError
 from pwopt.model import Model
+from pwopt.progress import Progress
 from pwopt.shapes import InputShapes
 
 
@@ -72,7 +73,7 @@ class Context:
     `judge` decides on edits that are legal; without one they all stay.
     `samples` is data to calibrate on, `most_samples` how many of them; `seed` is that of whatever
     is random about it.
-    `progress` is told what is being done, how much of it is done, and how much there is.
+    `progress` is told how far it is.
     """
 
     shapes: InputShapes | None = None
@@ -80,7 +81,7 @@ class Context:
     samples: Samples | None = None
     most_samples: int = LIMIT
     seed: int = 0
-    progress: Callable[[str, int, int | None], None] | None = None
+    progress: Progress | None = None
 
     def settle(
         self,

@@ -1,6 +1,6 @@
 """The rewrite as a user asks for it: which passes, and what they did to the model's cost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from pwopt.errors import SpecError
 from pwopt.judging import Gate, SiteJudge
 from pwopt.model import Model
 from pwopt.observers import Verify
+from pwopt.progress import Progress
 from pwopt.proof import prove
 from pwopt.registry import pipeline as parse
 from pwopt.rewriting import Context, Observer, PassReport, Pipeline, note
@@ -24,7 +25,6 @@ from pwopt.shapes import InputShapes
 from pwopt.tuning import tune
 
 Init = Literal["auto", "svd", "calibrated"]
-Progress = Callable[[str, int, int | None], None]
 
 _FOLD_AND_MOVE = (
     "fold-affine,fold-pad,fold-affine-before,merge-linear-convs,pool-before-pointwise,hoist-stride"
@@ -36,7 +36,6 @@ EXACT: dict[Gate, str] = {
     "always": f"{_FOLD_AND_MOVE},gemm-to-conv",
 }
 """The exact passes that have a chance, by gate; fused siblings are a matter of measurement."""
-
 
 BEHIND = "merge-linear-convs"
 """The exact passes that may find something new behind a split."""

@@ -107,10 +107,13 @@ def top1(model: Model, x: Array = FRESH, classes: Array = FRESH_CLASSES) -> floa
         ("--bottleneck auto --data DATA --max-drop -1", "-1.0 is not in the range x>=0"),
         ("--bottleneck auto --data DATA --speedup nan", "a speed-up of nan"),
         ("--bottleneck auto --data DATA --max-drop nan", "a drop of nan"),
+        ("--bottleneck auto --data DATA --speedup inf", "a speed-up of inf"),
+        ("--bottleneck auto --data DATA --max-drop inf", "a drop of inf"),
         ("--bottleneck auto --data DATA --max-macs 0", "0 is not in the range x>=1"),
         ("--bottleneck auto --data DATA --samples 7", "7 is not in the range x>=8"),
         ("--bottleneck auto --data DATA --pareto net.onnx", "--pareto would overwrite a model"),
         ("--bottleneck auto --data DATA --pareto out.onnx", "--pareto would overwrite a model"),
+        ("--bottleneck auto --data DATA --pareto curve.png", "--pareto writes JSON"),
         ("--bottleneck auto --data DATA -o ./net.onnx", "-o is the model itself"),
         ("--bottleneck auto --data DATA --preprocess unit", "holds no 8-bit images"),
         ("--pipeline bottleneck{rank=8,init=calibrated}", "needs samples; add --data"),
@@ -303,16 +306,15 @@ def test_the_curve_and_its_picture(net: Path, data: Path, monkeypatch: pytest.Mo
     assert front.model == "net.onnx"
     assert len(front.points) >= 3
     assert front.chosen is not None
-    assert (
-        front.points[front.chosen].params
-        == size(Model.load(net.with_name("net.pwopt.onnx"))).params
-    )
+    chosen = front.points[front.chosen]
+    assert chosen.params == size(Model.load(net.with_name("net.pwopt.onnx"))).params
+    assert chosen.speedup == max(point.speedup for point in front.points if point.loss <= 1)
     with Image.open(net.with_name("curve.png")) as picture:
         assert picture.format == "PNG"
     assert f"Wrote {curve} and {net.with_name('curve.png')}\n" in result.stderr
-    alone = net.with_name("alone.onnx")
-    auto(net, data, "-o", alone)
-    assert alone.read_bytes() == net.with_name("net.pwopt.onnx").read_bytes()
+    alone = found(auto(net, data, "-o", net.with_name("alone.onnx"), "--json"))
+    assert chosen.loss <= 1
+    assert chosen.speedup >= alone["calibrated"]["chosen"]["speedup"]
 
 
 def test_a_folder_of_images(net: Path, tmp_path: Path) -> None:
@@ -338,7 +340,6 @@ def test_a_folder_of_images(net: Path, tmp_path: Path) -> None:
         (("--speedup", 100, "--pareto", "curve.json"), "100 times as fast"),
         (("--speedup", 100, "--cost", "macs"), "100 times as fast"),
         (("--speedup", 100, "--json"), "100 times as fast"),
-        (("--speedup", "inf"), "inf times as fast"),
     ],
 )
 def test_out_of_reach(

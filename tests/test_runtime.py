@@ -1,5 +1,6 @@
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -137,6 +138,43 @@ def test_interleave_measures_every_session_in_every_round() -> None:
 def test_interleave_stops_at_max_rounds() -> None:
     timing = runtime.interleave([runtime.session(residual(4))], feed(4), seconds=60, max_rounds=9)
     assert timing.samples_ms.shape == (9, 1)
+
+
+class Clocked:
+    """A session whose runs take a second each, on clocks that nothing else moves."""
+
+    def __init__(self, threads: int, clocks: dict[str, float], busy: float) -> None:
+        self._options = runtime.session(residual(4), threads=threads).get_session_options()
+        self._clocks = clocks
+        self._busy = busy
+
+    def get_session_options(self) -> object:
+        return self._options
+
+    def run(self, *_: object) -> None:
+        self._clocks["thread"] += self._busy
+        self._clocks["wall"] += 1
+
+
+@pytest.mark.parametrize(
+    ("threads", "expected"),
+    [((1, 1), (250, 500)), ((1,), (250,)), ((2, 2), (1000, 1000)), ((1, 2), (1000, 1000))],
+)
+def test_sessions_of_one_thread_are_timed_by_processor_time(
+    monkeypatch: pytest.MonkeyPatch, threads: tuple[int, ...], expected: tuple[float, ...]
+) -> None:
+    """What others had the processor for does not count; if one has more threads, it does in all."""
+    clocks = {"thread": 0.0, "wall": 0.0}
+    clock = SimpleNamespace(
+        thread_time=lambda: clocks["thread"], perf_counter=lambda: clocks["wall"]
+    )
+    monkeypatch.setattr(runtime, "time", clock)
+    sessions: list[Any] = [
+        Clocked(count, clocks, busy) for count, busy in zip(threads, (0.25, 0.5), strict=False)
+    ]
+    timing = runtime.interleave(sessions, {}, seconds=9.5 * len(threads), min_rounds=1)
+    # For how long it goes on is a matter of the wall clock in any case.
+    np.testing.assert_allclose(timing.samples_ms, [expected] * 10)
 
 
 def test_speedup_is_the_ratio_of_medians_and_its_interval_covers_the_truth() -> None:

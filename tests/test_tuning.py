@@ -18,6 +18,7 @@ from pwopt.errors import BoundError, DataError, ModelError
 from pwopt.model import Model
 from pwopt.rewriting import Event
 from pwopt.search import latency
+from pwopt.search.front import Point
 from pwopt.search.latency import Option
 from pwopt.search.search import Bounds
 from pwopt.search.yardstick import Yardstick
@@ -184,18 +185,24 @@ def test_macs_are_those_of_one_sample_whatever_the_batch(batch: int, by_macs: bo
     assert 0.3 * limit < macs <= limit
 
 
+NOTHING = r"nothing faster than [2-9]\.\d\d× is worth building"
+
+
 @pytest.mark.parametrize(
     ("bounds", "said"),
     [
-        (Bounds(speedup=100), r"net.onnx: no allocation found that is 100 times as fast$"),
-        (Bounds(max_params=100), r"that is at most 100 parameters$"),
+        (
+            Bounds(speedup=100),
+            rf"net.onnx: no allocation found that is 100 times as fast; {NOTHING}$",
+        ),
+        (Bounds(max_params=100), rf"that is at most 100 parameters; {NOTHING}$"),
         (
             Bounds(max_macs=10_000, max_drop=1.5),
-            r"at most 1\.5 points lost with at most 10,000 MACs$",
+            rf"at most 1\.5 points lost with at most 10,000 MACs; {NOTHING}$",
         ),
         (
             Bounds(speedup=4.5, max_drop=0.01),
-            r"4\.5 times as fast with at most 0\.01 points lost; \d\.\d\d× loses \d\S* \(top-1\)$",
+            r"4\.5 times as fast with at most 0\.01 points lost; [45]\.\d\d× loses \d\S* points$",
         ),
     ],
 )
@@ -204,6 +211,35 @@ def test_what_cannot_be_had_is_told_in_one_line(bounds: Bounds, said: str) -> No
     with pytest.raises(BoundError, match=said) as caught:
         tuned(model, bounds)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_lost_is_told_in_the_unit_it_is_judged_by() -> None:
+    proto = HALF.to_proto()
+    del proto.graph.node[-3:], proto.graph.output[:]
+    maps = onnx.helper.make_tensor_value_info("rc", onnx.TensorProto.FLOAT, ["N", 96, 4, 4])
+    proto.graph.output.append(maps)
+    bounds = Bounds(speedup=3, max_drop=0.01)
+    with pytest.raises(BoundError, match=r"; [345]\.\d\d× loses \d\S* % error$"):
+        tuned(Model(proto), bounds)
+    unlabelled = samples(HALF, labels=None)
+    with pytest.raises(BoundError, match=r"; [345]\.\d\d× loses \d\S* points$"):
+        tune(HALF, HALF.copy(), unlabelled, bounds)
+
+
+def test_the_fastest_that_was_built_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[float] = []
+    judge = Yardstick.point
+
+    def point(self: Yardstick, *given: Any) -> Point:
+        judged = judge(self, *given)
+        found.append(judged.speedup)
+        return judged
+
+    monkeypatch.setattr(Yardstick, "point", point)
+    with pytest.raises(BoundError) as caught:
+        tuned(HALF, Bounds(speedup=2, max_drop=0.0, max_params=10_000), curve=True)
+    assert len(found) > 4
+    assert f"; {max(found):.2f}× loses " in str(caught.value)
 
 
 def test_a_network_that_cannot_gain() -> None:
@@ -226,7 +262,8 @@ def test_a_network_that_cannot_gain() -> None:
     assert reasons["a"] == reasons["b"] == "too narrow: no split is foretold to save time"
     assert "group" in reasons["c"] or "depthwise" in reasons["c"]
     assert [point.ranks for point in result.front.points] == [{}]
-    with pytest.raises(BoundError, match=r"2 times as fast"):
+    said = r"that is 2 times as fast; nothing faster than 1\.00× is worth building$"
+    with pytest.raises(BoundError, match=said):
         tuned(narrow, Bounds(speedup=2))
 
 
@@ -288,9 +325,14 @@ def test_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speeds[0] == 1
     assert speeds[-1] > 3
     assert len({tuple(sorted(point.ranks.items())) for point in points}) == len(points)
-    alone = half(1.0)
-    assert told(alone) == told(result)
-    assert alone.model.to_proto() == result.model.to_proto()
+    # The bisection's come first, as they do alone; the fastest allowed of all is chosen.
+    alone = half(1.0).front
+    assert points[: len(alone.points)] == alone.points
+    chosen = points[result.front.chosen or 0]
+    assert chosen.loss <= 1
+    assert chosen.speedup == max(point.speedup for point in points if point.loss <= 1)
+    assert chosen.speedup >= alone.points[alone.chosen or 0].speedup
+    assert chosen.params == size(result.model).params
 
 
 def test_the_same_twice() -> None:

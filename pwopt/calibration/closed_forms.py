@@ -1,6 +1,7 @@
 """Splits of layers in closed form, from their statistics; see `pwopt.lowrank.calibrated`."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from pwopt.calibration.statistics import Statistics
 from pwopt.cost import Sides
@@ -59,5 +60,4 @@ def _taps(layer: Linear, shape: Shape | None) -> Array | None:
     size = [] if shape is None else [length for length in shape[2:] if length is not None]
     if layer.is_pointwise or len(size) != len(layer.size.kernel):
         return None
-    window = layer.window(size)
-    return padded_taps(size, window.kernel, window.pads, window.strides, window.dilations)
+    return padded_taps(size, **asdict(layer.window(size)))

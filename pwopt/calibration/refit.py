@@ -30,9 +30,9 @@ from pwopt.lowrank import Factors, regression
 from pwopt.lowrank.calibrated import Splitter
 from pwopt.lowrank.moments import Moments
 from pwopt.model import Model
+from pwopt.progress import Progress
 from pwopt.runtime import Array
 
-Progress = Callable[[str, int, int | None], None]
 Run = Callable[[Array], Array]
 
 ROWS_PER_FEATURE = 10
@@ -90,8 +90,16 @@ def refit(
     return fitted
 
 
+@dataclass(frozen=True, slots=True)
+class _Behind:
+    """What comes behind a layer: a shortcut is added to its output, a Relu clips it."""
+
+    shortcut: str | None
+    relu: bool
+
+
 def _fit_output_side(
-    stop: Stop, split: Split, behind: "_Behind", batches: Sequence[Batch], as_it_is: Run
+    stop: Stop, split: Split, behind: _Behind, batches: Sequence[Batch], as_it_is: Run
 ) -> Factors:
     """Regress on the layer's own outputs, before the bias, at the rank of the split."""
     layer, weight = stop.layer, stop.layer.weight()
@@ -108,7 +116,7 @@ def _fit_output_side(
     return Factors(core, expand=_pointwise(found.expand, core), bias=found.bias)
 
 
-def _fit_reduced(stop: Stop, split: Split, behind: "_Behind", batches: Sequence[Batch]) -> Factors:
+def _fit_reduced(stop: Stop, split: Split, behind: _Behind, batches: Sequence[Batch]) -> Factors:
     """Reduce the input in closed form, and regress on what the kernel sees of that."""
     layer = stop.layer
     rows = _draw(stop, split.rank * prod(layer.size.kernel), behind.shortcut, batches)
@@ -173,13 +181,13 @@ class _Rows:
 def _draw(stop: Stop, width: int, shortcut: str | None, batches: Sequence[Batch]) -> _Rows:
     """Draw positions evenly from all samples, for a regression that reads `width` numbers."""
     layer, rng = stop.layer, np.random.default_rng(0)
-    channels, samples = layer.size.out_channels, sum(batch.samples for batch in batches)
+    channels = layer.size.out_channels
     wanted = max(LEAST_ROWS, ROWS_PER_FEATURE * width)
     wanted = min(wanted, ROWS_BYTES // (4 * (width + 2 * channels)))
     shortcuts = stop.values(shortcut) if shortcut else None
     positions, targets, shifts = [], [], []
-    for batch, (_, _, output) in zip(batches, stop.pairs(), strict=True):
-        at = spread(output.size // channels, ceil(wanted * batch.samples / samples), rng)
+    for count, (_, _, output) in zip(_shares(wanted, batches), stop.pairs(), strict=True):
+        at = spread(output.size // channels, count, rng)
         positions.append(at)
         targets.append(_at(layer, output, at))
         if shortcuts is not None:
@@ -195,13 +203,19 @@ def _draw(stop: Stop, width: int, shortcut: str | None, batches: Sequence[Batch]
 def _inputs(stop: Stop, batches: Sequence[Batch]) -> Moments:
     """Take the moments of the channels that the student reads."""
     layer, rng = stop.layer, np.random.default_rng(0)
-    channels, samples = layer.size.in_channels, sum(batch.samples for batch in batches)
-    wanted = max(LEAST_ROWS, ROWS_PER_FEATURE * channels)
+    channels = layer.size.in_channels
+    counts = _shares(max(LEAST_ROWS, ROWS_PER_FEATURE * channels), batches)
     rows = []
-    for batch, (_, student) in zip(batches, stop.values(stop.input), strict=True):
-        at = spread(student.size // channels, ceil(wanted * batch.samples / samples), rng)
+    for count, (_, student) in zip(counts, stop.values(stop.input), strict=True):
+        at = spread(student.size // channels, count, rng)
         rows.append(_at(layer, student, at))
     return Moments.of(np.concatenate(rows))
+
+
+def _shares(rows: int, batches: Sequence[Batch]) -> list[int]:
+    """Divide rows among the batches by their samples, rounded up."""
+    samples = sum(batch.samples for batch in batches)
+    return [ceil(rows * batch.samples / samples) for batch in batches]
 
 
 def _taps(stop: Stop, positions: Sequence[Array], mean: Array) -> Array | None:
@@ -240,14 +254,6 @@ def _stacked(parts: Iterable[Array], like_these: Array, width: int) -> Array:
 def _pointwise(matrix: Array | None, like_this: Array) -> Array | None:
     """Give a matrix the shape of a 1×1 kernel of as many axes as another kernel."""
     return None if matrix is None else matrix.reshape(*matrix.shape, *[1] * (like_this.ndim - 2))
-
-
-@dataclass(frozen=True, slots=True)
-class _Behind:
-    """What comes behind a layer: a shortcut is added to its output, a Relu clips it."""
-
-    shortcut: str | None
-    relu: bool
 
 
 def _behind(graph: gs.Graph, stop: Stop) -> _Behind:
@@ -293,6 +299,7 @@ def _alone(model: Model, layer: Linear, factors: Factors | None, like_this: Arra
     axes = [f"axis{number}" for number in range(like_this.ndim)]
     x, y = (gs.Variable(name, like_this.dtype, axes) for name in ("x", "y"))
     tensors = [known_constant(t) for t in layer.node.inputs[1:] if not t.is_empty()]
+    # `_values` rather than `values`: they need not be decoded.
     own = [gs.Constant(f"constant{number}", t._values) for number, t in enumerate(tensors)]
     node = like(layer.node, [x, *own], y)
     alone.graph.inputs.append(x)

@@ -19,6 +19,9 @@ BATCH = 16
 BATCH_BYTES = 4 << 20
 """… or fewer, of so many bytes together: of 224×224 pixels, 6. Activations take a multiple."""
 
+HELD_OUT = 4
+"""Of so many batches one is held out."""
+
 FEWEST = 8
 """With fewer samples there is nothing to learn from and to judge by."""
 
@@ -31,8 +34,8 @@ class Calibration:
     held_out: list[Batch]
 
 
-def calibration_samples(source: Samples, limit: int = LIMIT, held_out: float = 0.25) -> Calibration:
-    """Choose at most `limit` samples, and hold every 1/`held_out`-th batch of them back.
+def calibration_samples(source: Samples, limit: int = LIMIT) -> Calibration:
+    """Choose at most `limit` samples, and hold out every fourth batch of them.
 
     Where the source knows how many it has, the samples are spread evenly over it: a folder sorted
     by class gives all classes. Otherwise the first ones are taken. They are mixed before they are
@@ -53,12 +56,11 @@ def calibration_samples(source: Samples, limit: int = LIMIT, held_out: float = 0
         )
     largest = max(sum(a.nbytes for a in group[0].feeds.values()) for group in groups)
     size = fixed_batch(source.inputs) or min(BATCH, BATCH_BYTES // largest)
-    size = max(1, min(size, int(count * min(held_out, 1 - held_out))))
+    size = max(1, min(size, count // HELD_OUT))
     batches = [batch for group in groups for batch in _cut(group, size, source)]
-    turns = [int((i + 1) * held_out) > int(i * held_out) for i in range(len(batches))]
     return Calibration(
-        fit=[b for b, turn in zip(batches, turns, strict=True) if not turn],
-        held_out=[b for b, turn in zip(batches, turns, strict=True) if turn],
+        fit=[batch for turn, batch in enumerate(batches, 1) if turn % HELD_OUT],
+        held_out=batches[HELD_OUT - 1 :: HELD_OUT],
     )
 
 

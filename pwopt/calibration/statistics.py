@@ -8,7 +8,7 @@ about twice, and of the moments: 8·C² bytes for C channels.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import IO
@@ -16,8 +16,7 @@ from typing import IO
 import numpy as np
 from onnx import ValueInfoProto
 
-from pwopt import cache as folder
-from pwopt import external, runtime
+from pwopt import cache, external, runtime
 from pwopt.calibration.samples import fed_rows, real, spread
 from pwopt.data import Batch, fixed_batch
 from pwopt.data.samples import batched
@@ -25,12 +24,10 @@ from pwopt.errors import ModelError
 from pwopt.linear import Linear
 from pwopt.lowrank.moments import Moments
 from pwopt.model import Model
+from pwopt.progress import Progress
 from pwopt.roundtrip import with_data
 from pwopt.runtime import Array
 from pwopt.shapes import Input, Type, bind, infer_types, inputs
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with what is being done, how many samples of it are done, and how many there are."""
 
 TAPS = 512 << 20
 """Bytes of tapped tensors in one run, unless one sample or layer alone has more."""
@@ -63,9 +60,8 @@ def gather(
     *,
     threads: int = 1,
     progress: Progress | None = None,
-    cache: bool = True,
 ) -> dict[str, Statistics]:
-    """Gather statistics of layers on samples.
+    """Gather statistics of layers on samples, or recall those of the same ones (`pwopt.cache`).
 
     Args:
         model: The network; stays as it is.
@@ -73,8 +69,6 @@ def gather(
         batches: Samples; rows that only fill up a batch do not count.
         threads: Threads within one operator.
         progress: Told how far it is.
-        cache: Keep the result on disk, and take it from there if model, layers and samples are the
-            same.
 
     Returns:
         Layer's output tensor (`where`) → statistics.
@@ -85,12 +79,11 @@ def gather(
     taps = _taps(layers)
     if not taps:
         return {}
-    name = f"statistics/{_key(model, taps, batches)}.npz" if cache else ""
-    moments = folder.load(name, lambda file: _read(file, taps)) if cache else None
+    name = f"statistics/{_key(model, taps, batches)}.npz"
+    moments = cache.load(name, lambda file: _read(file, taps))
     if moments is None:
         moments = _measure(model, taps, batches, threads, progress or (lambda *_: None))
-        if cache:
-            folder.store(name, lambda file: _write(file, moments))
+        cache.store(name, lambda file: _write(file, moments))
     return {
         layer.where: Statistics(
             None if layer.is_pointwise else moments[_input(layer)], moments[_output(layer)]

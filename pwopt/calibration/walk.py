@@ -102,11 +102,6 @@ class Stop:
     _make_tail: Callable[[], Tail]
     _run: Callable[[Array], Array] | None = None
 
-    @property
-    def is_unchanged(self) -> bool:
-        """Whether the student gives the layer what the teacher gives it."""
-        return not any(state.differs([self.input]) for state in self._states)
-
     def pairs(self) -> Iterator[tuple[Array, Array, Array]]:
         """Yield for each batch the teacher's input of the layer, the student's, and its output.
 

@@ -2,12 +2,12 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
 
-Progress = Callable[[str, int, int | None], None]
+from pwopt.progress import Progress
 
 
 class ShapeParam(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
@@ -72,10 +72,10 @@ def progress_bar() -> Iterator[Progress | None]:
     if not sys.stderr.isatty():
         yield None
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+    with progress.Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
         task = bar.add_task("loading", total=None)
 
         def report(what: str, done: int, total: int | None) -> None:

@@ -1,5 +1,6 @@
 """``pwopt rewrite``."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -186,6 +187,8 @@ def command(
         raise click.UsageError("-o is the model itself, which check will want to compare with.")
     if pareto is not None and pareto.resolve() in (model.resolve(), target.resolve()):
         raise click.UsageError("--pareto would overwrite a model; give it a file of its own.")
+    if pareto is not None and pareto.suffix.lower() == ".png":
+        raise click.UsageError("--pareto writes JSON, a .png beside it; name it CURVE.json.")
 
     from pwopt.report import front as curve
     from pwopt.report import rewriting as report
@@ -200,7 +203,7 @@ def command(
         confident=confident,
     )
     if bounds == Bounds(confident=confident):
-        bounds = Bounds(max_drop=DEFAULT.max_drop, confident=confident)
+        bounds = replace(bounds, max_drop=DEFAULT.max_drop)
     with progress_bar() as progress:
         result = rewrite(
             model,

@@ -11,8 +11,8 @@ that of the channels. None stands for the identity: no padding, and neighbours t
 independent. `padded_taps` gives R for a padded layer with independent neighbours.
 
 Work is done in float64; factors have the weight's own type, values beyond which become infinite.
-All functions raise ValueError for a rank that is out of range, for moments without samples, and
-for values that are not finite.
+ValueErrors tell of a rank that is out of range, of moments that are missing or without samples, and
+of values that are not finite.
 
 Source: Zhang et al. 2015, "Accelerating Very Deep Convolutional Networks" (output side).
 """
@@ -32,49 +32,8 @@ _FLOOR = 1e-10
 """Least eigenvalue of a covariance, relative to its largest: channels may be dead or dependent."""
 
 
-def output_side(weight: Array, bias: Array, outputs: Moments, rank: int) -> Factors:
-    """Split into k×k (Cin→r) and 1×1 (r→Cout) by the principal components of the outputs.
-
-    No split of this rank has a smaller E‖y − ŷ‖² on the data: it is the sum of the smallest
-    Cout − r eigenvalues of the outputs' covariance. Padding and stride need no thought. For a
-    1×1 convolution or a linear layer, of weight (Cout, Cin), there is no better split at all.
-    """
-    return Splitter(weight, bias, outputs=outputs).output_side(rank)
-
-
-def input_side(
-    weight: Array, bias: Array, inputs: Moments, rank: int, taps: Array | None = None
-) -> Factors:
-    """Split into 1×1 (Cin→r) and k×k (r→Cout); the bias makes up for the mean of what is cut off.
-
-    With V_t = W_t S^½, any 1×1 P = Q S^-½ of orthonormal rows Q is best followed by K_t = V_t Qᵀ,
-    whatever R is. That leaves Σ_ts R_ts tr(V_t (I − QᵀQ) V_sᵀ), least for the leading
-    eigenvectors of Σ_ts R_ts V_tᵀ V_s. So under a patch covariance R ⊗ S this is the global
-    optimum, and alternating least squares under the same covariance has nothing to add.
-    """
-    return Splitter(weight, bias, inputs=inputs, taps=taps).input_side(rank)
-
-
-def both_sides(
-    weight: Array,
-    bias: Array,
-    inputs: Moments,
-    outputs: Moments,
-    in_rank: int,
-    out_rank: int,
-    taps: Array | None = None,
-) -> Factors:
-    """Split into 1×1 (Cin→in_rank), k×k and 1×1 (out_rank→Cout).
-
-    The error is that of `output_side` plus that of `input_side` for what the output side keeps;
-    given the former the latter is optimal.
-    """
-    splitter = Splitter(weight, bias, inputs=inputs, outputs=outputs, taps=taps)
-    return splitter.both_sides(in_rank, out_rank)
-
-
 class Splitter:
-    """Splits one layer as the functions above do.
+    """Splits one layer, on either side or on both.
 
     Decompositions that serve several splits are made when first needed, and kept.
     """
@@ -102,7 +61,12 @@ class Splitter:
         return self.input_side(rank) if sides == "input" else self.both_sides(rank, rank)
 
     def output_side(self, rank: int) -> Factors:
-        """Split into k×k (Cin→rank) and 1×1 (rank→Cout)."""
+        """Split into k×k (Cin→r) and 1×1 (r→Cout) by the principal components of the outputs.
+
+        No split of this rank has a smaller E‖y − ŷ‖² on the data: it is the sum of the smallest
+        Cout − r eigenvalues of the outputs' covariance. Padding and stride need no thought. For a
+        1×1 convolution or a linear layer, of weight (Cout, Cin), there is no better split at all.
+        """
         basis = self._principal(rank)
         # In single precision, if that is the weight's: a wide one is not copied, and a rounding
         # error of the core is no worse than that of the cast which it must stand anyway.
@@ -111,14 +75,24 @@ class Splitter:
         return _factors(self._layer, core=core, expand=basis, bias=self._expanded_bias(basis))
 
     def input_side(self, rank: int) -> Factors:
-        """Split into 1×1 (Cin→rank) and k×k (rank→Cout)."""
+        """Split into 1×1 (Cin→r) and k×k (r→Cout); the bias makes up for the mean of what is lost.
+
+        With V_t = W_t S^½, any 1×1 P = Q S^-½ of orthonormal rows Q is best followed by
+        K_t = V_t Qᵀ, whatever R is. That leaves Σ_ts R_ts tr(V_t (I − QᵀQ) V_sᵀ), least for the
+        leading eigenvectors of Σ_ts R_ts V_tᵀ V_s. So under a patch covariance R ⊗ S this is the
+        global optimum, and alternating least squares under the same covariance has nothing to add.
+        """
         reduce, core = self._reduced(self._weight, self._directions, rank)
         lost = self._weight - _composed(core, reduce)
         bias = _wide(self._bias) + _mean_output(lost, _given(self._inputs), self._taps)
         return _factors(self._layer, core=core, reduce=reduce, bias=bias)
 
     def both_sides(self, in_rank: int, out_rank: int) -> Factors:
-        """Split into 1×1 (Cin→in_rank), k×k and 1×1 (out_rank→Cout)."""
+        """Split into 1×1 (Cin→in_rank), k×k and 1×1 (out_rank→Cout).
+
+        The error is that of `output_side` plus that of `input_side` for what the output side keeps;
+        given the former the latter is optimal.
+        """
         basis = self._principal(out_rank)
         projected = np.tensordot(basis.T, self._weight, axes=1)
         reduce, core = self._reduced(projected, self._directions_of(projected), in_rank)
@@ -214,19 +188,6 @@ def effective(
     if factors.expand is not None:
         weight = np.tensordot(_matrix(_as(kind, factors.expand)), weight, axes=1)
     return weight, _as(kind, bias if factors.bias is None else factors.bias)
-
-
-def residual(weight: Array, factors: Factors, inputs: Moments, taps: Array | None = None) -> float:
-    """Return the variance of y − ŷ relative to that of y, under a patch covariance R ⊗ S.
-
-    Of a weight of zeros nothing is lost: 0. Where the inputs do not vary, S is the identity.
-    """
-    root, _ = _whitening(inputs, taps)
-    whole = _wide(weight)
-    kept, _ = effective(factors, np.zeros(len(weight)))
-    variance = float((_coloured(whole, root, taps) ** 2).sum())
-    lost = float((_coloured(whole - kept, root, taps) ** 2).sum())
-    return lost / variance if variance > 0 else 0.0
 
 
 def _whitening(inputs: Moments, taps: Array | None) -> tuple[Array, Array]:

@@ -59,9 +59,3 @@ class Moments:
     def covariance(self) -> Array:
         """E[(x − E[x])(x − E[x])ᵀ], of shape (C, C); zeros where there are no rows."""
         return self.scatter / max(self.count, 1)
-
-    @property
-    def second_moment(self) -> Array:
-        """E[x xᵀ], of shape (C, C); zeros where there are no rows."""
-        moment: Array = self.covariance + np.outer(self.mean, self.mean)
-        return moment

@@ -28,12 +28,6 @@ _BLOCK = 1 << 20
 _PENALTIES = (0.01, 0.1, 1.0)
 """What z − y′ costs, step by step, next to the error behind the Relu (Zhang et al. 2015)."""
 
-_SCALES = (0.1, 10.0)
-"""Least and largest scale of `affine`."""
-
-_FLOOR = 1e-10
-"""Variance of a dead channel, relative to the largest."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Regression:
@@ -160,33 +154,6 @@ def regress(
     for penalty in _PENALTIES:
         solution = ridge.fit(auxiliary(solution, penalty))
     return min(plain, solution, key=error)
-
-
-def affine(outputs: Array, targets: Array) -> tuple[Array, Array]:
-    """Fit scale and offset of each channel, both (C,) and float64: a·y + c next to t.
-
-    Minimises E(t − a·y − c)² with a between 0.1 and 10, for it is to repair a channel rather than
-    to silence or to invent it; a = 1 where the output does not vary. It takes the place of what
-    estimating batch norms again does for networks that still have them.
-
-    Args:
-        outputs: y, (n, C).
-        targets: t, (n, C).
-
-    Raises:
-        ValueError: no rows, or values that are not finite.
-    """
-    _check(outputs, targets)
-    means = outputs.mean(axis=0, dtype=np.float64), targets.mean(axis=0, dtype=np.float64)
-    variance, covariance = np.zeros_like(means)
-    for rows in _blocks(outputs):
-        centred = outputs[rows] - means[0]
-        variance += (centred**2).sum(axis=0)
-        covariance += (centred * (targets[rows] - means[1])).sum(axis=0)
-    alive = variance > _FLOOR * variance.max()
-    scale = np.ones_like(variance)
-    scale[alive] = (covariance[alive] / variance[alive]).clip(*_SCALES)
-    return scale, means[1] - scale * means[0]
 
 
 class _Ridge:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pwopt.analysis import Size
 from pwopt.errors import printable
-from pwopt.report.front import table
+from pwopt.report import front as curve
 from pwopt.report.style import bare_table, json_text, milliseconds, scaled, show
 from pwopt.rewriting import Event
 from pwopt.workflow import Rewritten
@@ -64,7 +64,7 @@ def print_table(result: Rewritten) -> None:
         parts.append(_reasons(skipped, "left:"))
     parts.append(_sizes(result.before, result.after))
     if result.front is not None:
-        parts.append(table(result.front))
+        parts.append(curve.table(result.front))
     if not result.changed:
         parts.append("Nothing was rewritten; the model is written as it came.")
     show(Group(*parts))

@@ -21,9 +21,8 @@ class Point:
         params: Parameters.
         drop_points: Top-1 of the original less its own, in percentage points; None without labels.
         drop_ci95: Its 95 % interval, paired by sample.
-        agreement: 1 where the original's class comes first, less for others by how much likelier
-            the original takes its own for, averaged over samples; None where no output is class
-            scores.
+        agreement: 1 less the drop of top-1 if what the original makes of the samples as they are
+            is taken for right (0 to 1); None where no output is class scores.
         agreement_ci95: Its 95 % interval.
         error: How far the outputs are off: KL divergence of the class probabilities, or the
             relative error of other outputs.

@@ -23,8 +23,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 from onnx import ModelProto, helper
 
-from pwopt import analysis, graph, runtime
-from pwopt import cache as folder
+from pwopt import analysis, cache, graph, runtime
 from pwopt.cost import KERNEL_BLOCK, Sides, Split, is_parameter
 from pwopt.data import random_data
 from pwopt.errors import ModelError
@@ -32,9 +31,9 @@ from pwopt.linear import Linear
 from pwopt.lowrank import Factors
 from pwopt.model import Model
 from pwopt.profiling import Profile
+from pwopt.progress import Progress
 from pwopt.shapes import InputShapes, bind, infer
 
-Progress = Callable[[str, int, int | None], None]
 Plan = Mapping[str, "Option"]
 """A variant of the model: layer → the option it is split at. The others stay as they are."""
 _Times = dict[str, float]
@@ -100,11 +99,11 @@ class Latencies:
             json.dumps([self.key, conditions], sort_keys=True).encode()
         ).hexdigest()
         file = f"latency/{digest[:32]}.json"
-        speed = folder.load(file, lambda opened: float(json.load(opened))) if self.key else None
+        speed = cache.load(file, lambda opened: float(json.load(opened))) if self.key else None
         if speed is None:
             speed = measure()
             if self.key:
-                folder.store(file, lambda opened: _write_number(opened, speed))
+                cache.store(file, lambda opened: opened.write(json.dumps(speed).encode()))
         return speed
 
     def paying(self, where: str) -> list[Option]:
@@ -134,7 +133,6 @@ def measure(
     threads: int = 1,
     batch: int = 1,
     progress: Progress | None = None,
-    cache: bool = True,
 ) -> Latencies:
     """Time each layer and each of its options in onnxruntime, or recall what was measured before.
 
@@ -148,7 +146,6 @@ def measure(
         threads: Threads within one operator.
         batch: What an open first axis of the inputs becomes.
         progress: Told how many variants are measured.
-        cache: Whether to use the user's cache folder (see `pwopt.cache`).
 
     Raises:
         SpecError: `shapes` does not fit the model's inputs.
@@ -159,14 +156,11 @@ def measure(
     key = cache_key(model, grid, shapes=shapes, threads=threads, batch=batch)
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     file = f"latency/{digest}.json"
-    recalled = folder.load(file, lambda opened: _read(opened, key, grid)) if cache else None
-    if recalled:
-        return replace(recalled, key=digest)
-    feeds = next(iter(random_data(model, shapes, batch=batch))).feeds
-    latencies = _measured(model, layers, grid, feeds, threads, progress or (lambda *_: None))
-    if not cache:
-        return latencies
-    folder.store(file, lambda opened: _write(opened, latencies, key, model.name))
+    latencies = cache.load(file, lambda opened: _read(opened, key, grid))
+    if latencies is None:
+        feeds = next(iter(random_data(model, shapes, batch=batch))).feeds
+        latencies = _measured(model, layers, grid, feeds, threads, progress or (lambda *_: None))
+        cache.store(file, lambda opened: _write(opened, latencies, key, model.name))
     return replace(latencies, key=digest)
 
 
@@ -472,10 +466,6 @@ def _write(file: IO[bytes], latencies: Latencies, key: Mapping[str, Any], model:
         "options": times,
     }
     file.write(json.dumps(content, indent=1).encode())
-
-
-def _write_number(file: IO[bytes], number: float) -> None:
-    file.write(json.dumps(number).encode())
 
 
 def _read(

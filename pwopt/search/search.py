@@ -55,7 +55,7 @@ class Bounds:
         confident: Let the upper end of the drop's 95 % interval meet `max_drop`.
 
     Raises:
-        SpecError: a speed-up or drop is negative or NaN.
+        SpecError: a speed-up or drop is negative, infinite or NaN.
     """
 
     speedup: float | None = None

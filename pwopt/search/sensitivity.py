@@ -24,11 +24,11 @@ from pwopt.linear import Linear
 from pwopt.lowrank import Factors
 from pwopt.lowrank.calibrated import effective
 from pwopt.model import Model
+from pwopt.progress import Progress
 from pwopt.runtime import Array
 from pwopt.search.latency import Option
 from pwopt.shapes import inputs
 
-Progress = Callable[[str, int, int | None], None]
 Wide = npt.NDArray[np.float64]
 
 SAMPLES = 96
@@ -90,7 +90,7 @@ def measure(
         return {}
     macs = analysis.size(model).macs or 1
     chosen = _chosen(batches, min(SAMPLES, max(FEWEST, MACS // macs)))
-    trial = _Trial(model, chosen, split, threads)
+    probe = _Probe(model, chosen, split, threads)
     tried = {layer.where: _tried(options[layer.where]) for layer in split_layers}
     done, total = 0, sum(map(len, tried.values()))
     harms = {}
@@ -98,7 +98,7 @@ def measure(
         where = stop.layer.where
         if progress:
             progress("trying splits", done, total)
-        harms[where] = interpolated(options[where], trial.harms(stop, tried[where]))
+        harms[where] = interpolated(options[where], probe.harms(stop, tried[where]))
         done += len(tried[where])
     if progress:
         progress("trying splits", total, total)
@@ -108,7 +108,7 @@ def measure(
 def interpolated(
     options: Sequence[Option], measured: Mapping[Option, float]
 ) -> dict[Option, float]:
-    """Return the harm of all options, given that of the lowest and highest rank of each form."""
+    """Return the harm of all options, given that of some ranks of each form."""
     harms = {}
     for option in options:
         known = sorted((o.rank, harm) for o, harm in measured.items() if o.sides == option.sides)
@@ -134,7 +134,7 @@ def _tried(options: Sequence[Option]) -> list[Option]:
     return [*dict.fromkeys(picked)]
 
 
-class _Trial:
+class _Probe:
     """Runs the network from a layer on, with other weights in that layer."""
 
     def __init__(

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from pwopt import analysis, runtime
 from pwopt.calibration.samples import fed_rows, real
-from pwopt.comparing import class_scores, log_probabilities, probabilities
+from pwopt.comparing import class_scores
 from pwopt.data import Batch
 from pwopt.linear import Linear
 from pwopt.model import Model
@@ -18,11 +18,6 @@ from pwopt.search.front import Interval, Point
 from pwopt.search.latency import Plan
 from pwopt.search.sensitivity import Harm
 from pwopt.shapes import InputShapes, inputs
-
-TEMPERATURE = 2.0
-"""By what the original's scores are divided before its probabilities are believed: trained
-networks are surer than they are right (Guo et al. 2017, "On Calibration of Modern Neural Networks",
-finds 1.5 to 2.5 for most)."""
 
 RESAMPLES = 2_000
 
@@ -48,9 +43,8 @@ class Yardstick:
     too sure of itself, on shifted ones less sure than on unseen ones. Intervals know that copies of
     one sample are no new evidence.
 
-    Without labels, a changed class counts by how much less likely the original takes it for than
-    its own: fully where the original is sure, hardly where it wavers between the two. This comes
-    close to the top-1 lost (docs/method.md); the plain share of changed classes is a multiple.
+    Without labels, what the original makes of a sample as it is stands for its label, of the copies
+    too: agreement on the samples, and on the copies how much better the original keeps to it.
     """
 
     def __init__(
@@ -86,10 +80,13 @@ class Yardstick:
         self._threads = threads
         self._cores = cores
         self._seed = seed
-        self._latency_ms = self.speed(original).original_ms
         self._expected = [self._outputs(original, group) for group in groups]
+        self._latency_ms = self.speed(original).original_ms
         first = self._expected[0]
         self._scores = class_scores(first, len(next(iter(first.values()))))
+        self._own_labels = None if self._scores is None else self._classes(first)
+        given = [batch.labels for batch in groups[0] if batch.labels is not None]
+        self._labels = np.concatenate(given) if len(given) == len(groups[0]) else None
 
     @property
     def samples(self) -> int:
@@ -134,7 +131,8 @@ class Yardstick:
         harm = Harm(self._scores)
         for expected, result in zip(self._expected, results, strict=True):
             harm.add(expected, result)
-        drop, agreement = self._drop(results), self._agreement(results)
+        drop = self._lost(results, self._labels)
+        changed = self._lost(results, self._own_labels)
         return Point(
             speedup=speed.ratio,
             speedup_ci95=speed.ci95,
@@ -144,8 +142,8 @@ class Yardstick:
             params=size.params,
             drop_points=None if drop is None else 100 * float(drop.mean()),
             drop_ci95=None if drop is None else self._interval(100 * drop),
-            agreement=None if agreement is None else float(agreement.mean()),
-            agreement_ci95=None if agreement is None else self._interval(agreement),
+            agreement=None if changed is None else 1 - float(changed.mean()),
+            agreement_ci95=None if changed is None else self._interval(1 - changed),
             error=harm.value,
             ranks=ranks,
         )
@@ -167,31 +165,19 @@ class Yardstick:
         classes: npt.NDArray[np.int64] = scores.reshape(len(scores), -1).argmax(axis=1)
         return classes
 
-    def _agreement(self, results: Sequence[Mapping[str, Array]]) -> Array | None:
-        """Return for each sample how far its class is the original's: 0 or 1, for copies between.
-
-        A class that the original takes for almost as likely as its first is almost as good.
-        """
-        if self._scores is None:
+    def _lost(
+        self, results: Sequence[Mapping[str, Array]], labels: npt.NDArray[np.int64] | None
+    ) -> Array | None:
+        """Return for each sample 1 if it is lost and −1 if it is gained, averaged over copies."""
+        if self._scores is None or labels is None:
             return None
-        kept = []
-        for expected, result in zip(self._expected, results, strict=True):
-            likely = probabilities(log_probabilities(expected[self._scores]) / TEMPERATURE)
-            rows, first, own = np.arange(len(likely)), likely.argmax(axis=1), self._classes(result)
-            kept.append(1 - (likely[rows, first] - likely[rows, own]))
-        return _together(kept)
-
-    def _drop(self, results: Sequence[Mapping[str, Array]]) -> Array | None:
-        """Return for each sample the share of its copies that are lost, less those gained."""
-        batches = self._groups[0]
-        if self._scores is None or any(batch.labels is None for batch in batches):
-            return None
-        labels = np.concatenate([batch.labels for batch in batches if batch.labels is not None])
         lost = []
         for expected, result in zip(self._expected, results, strict=True):
             before, after = (self._classes(outputs) == labels for outputs in (expected, result))
             lost.append(before.astype(float) - after)
-        return _together(lost)
+        as_is, *copies = lost
+        together: Array = (as_is + np.mean(copies, axis=0)) / 2 if copies else as_is
+        return together
 
     def _interval(self, values: Array) -> Interval:
         """Return the mean's 95 % interval: bootstrap over samples (Efron & Tibshirani 1993)."""
@@ -201,10 +187,3 @@ class Yardstick:
         ]
         low, high = np.percentile(means, [2.5, 97.5])
         return float(low), float(high)
-
-
-def _together(groups: Sequence[Array]) -> Array:
-    """Average over the samples as they are, the first group, and the mean of their copies."""
-    as_is, *copies = groups
-    together: Array = (as_is + np.mean(copies, axis=0)) / 2 if copies else as_is
-    return together

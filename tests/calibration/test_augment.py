@@ -242,7 +242,7 @@ def test_copies_follow_their_originals_and_labels(tmp_path: Path) -> None:
     half = len(ready.fit) // 2
     assert all((batch.feeds["x"] > 0).all() for batch in ready.fit[:half])
     assert any((batch.feeds["x"] == 0).any() for batch in ready.fit[half:])
-    assert len(ready.judged) == JUDGED_COPIES
+    assert len(ready.judged) == 1 + JUDGED_COPIES
     for group in (ready.tried, *ready.judged):
         assert colours(group) == judged
         assert [*np.concatenate([batch.labels for batch in group])] == judged
@@ -266,19 +266,23 @@ def test_models_are_judged_as_far_out_as_it_takes(
 def test_every_copy_is_another(tmp_path: Path) -> None:
     model = classifier(99, -9)
     ready = prepare(model, source(tmp_path, model, numbered(64)))
-    assert len(raw([ready.tried, *ready.judged])) == 1 + JUDGED_COPIES
+    as_is, *copies = ready.judged
+    assert len(raw([ready.tried, as_is, *copies])) == 2 + JUDGED_COPIES
+    assert all((batch.feeds["x"] > 0).all() for batch in as_is)
+    for copy in copies:
+        assert any((batch.feeds["x"] == 0).any() for batch in copy)
 
 
 def test_the_same_seed_gives_the_same_copies(tmp_path: Path) -> None:
     model = classifier(99, -9)
     samples = source(tmp_path, model, numbered(24))
     first, again, other = (prepare(model, samples, seed=seed) for seed in (0, 0, 9))
-    for get in ("judged", "tried", "fit"):
-        groups = [getattr(ready, get) for ready in (first, again, other)]
-        one, same, another = (raw(g if get == "judged" else [g]) for g in groups)
+    for drawn in (lambda r: r.judged[1:], lambda r: [r.tried], lambda r: [r.fit]):
+        one, same, another = (raw(drawn(ready)) for ready in (first, again, other))
         assert one == same
         assert not one & another
-    assert colours(first.judged[0]) == colours(other.judged[0])  # what is held out stays
+    # What is held out stays, as it is.
+    assert raw(first.judged[:1]) == raw(again.judged[:1]) == raw(other.judged[:1])
 
 
 def test_samples_beyond_the_limit_are_left_out(tmp_path: Path) -> None:

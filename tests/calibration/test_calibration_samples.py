@@ -73,12 +73,6 @@ def test_too_few(tmp_path: Path) -> None:
         drawn(parse(OPEN), arrays(tmp_path, 7))
 
 
-def test_share_held_out(tmp_path: Path) -> None:
-    fit, held = numbers(drawn(parse(OPEN), arrays(tmp_path, 1000), held_out=0.5))
-    assert len(held) == pytest.approx(500, abs=16)
-    assert len(fit) + len(held) == 1000
-
-
 def test_first_ones_where_nobody_knows_how_many() -> None:
     given = []
 

@@ -42,7 +42,7 @@ def layers(model: Model) -> dict[str, Linear]:
 
 def statistics(model: Model) -> dict[str, Statistics]:
     batches = [Batch(random_feeds(model, batch=64, seed=seed), None, 64) for seed in range(2)]
-    return gather(model, [*layers(model).values()], batches, cache=False)
+    return gather(model, [*layers(model).values()], batches)
 
 
 def factors(
@@ -98,8 +98,10 @@ def test_padding_is_taken_into_account(where: str) -> None:
     shape = known(model)[layer.node.inputs[0].name]
     weight, bias = layer.weight(), layer.bias()
     ours = factors(layer, found, "input", 2, shape)
-    theirs = calibrated.input_side(weight, bias, found.inputs, 2, taps)
-    unpadded = calibrated.input_side(weight, bias, found.inputs, 2)
+    theirs, unpadded = (
+        calibrated.Splitter(weight, bias, inputs=found.inputs, taps=seen).input_side(2)
+        for seen in (taps, None)
+    )
     kept, wanted, blind = (calibrated.effective(f, bias)[0] for f in (ours, theirs, unpadded))
     np.testing.assert_allclose(kept, wanted, atol=1e-5)
     assert np.abs(blind - wanted).max() > 1e-3
@@ -126,7 +128,8 @@ def test_pointwise_layers(where: str) -> None:
     model = parse(NET)
     layer, found = layers(model)[where], statistics(model)[where]
     one = factors(layer, found, "output", 2, known(model)[layer.node.inputs[0].name])
-    theirs = calibrated.output_side(layer.weight(), layer.bias(), found.outputs, 2)
+    splitter = calibrated.Splitter(layer.weight(), layer.bias(), outputs=found.outputs)
+    theirs = splitter.output_side(2)
     assert_same(one, theirs)
     with pytest.raises(ValueError, match="missing"):
         factors(layer, found, "input", 2)

@@ -106,7 +106,7 @@ def factors(
 
 def in_closed_form(model: Model, plan: Mapping[str, tuple[Sides, int]]) -> Model:
     data, known = samples(model), shapes.infer(model, shapes.bind(model))
-    forms = ClosedForms(gather(model, layers(model), data, cache=False), known)
+    forms = ClosedForms(gather(model, layers(model), data), known)
     chosen = [layer for layer in layers(model) if layer.where in plan]
     return split_model(model, chosen, {c.where: forms.split(c, *plan[c.where]) for c in chosen})
 

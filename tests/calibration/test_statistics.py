@@ -75,7 +75,7 @@ def assert_same(ours: Moments, rows: Array) -> None:
 def assert_right(model: Model, batches: Sequence[Batch]) -> None:
     """Check statistics of all positions, of which there are few enough."""
     before = model.to_proto()
-    found = gather(model, layers(model), batches, cache=False)
+    found = gather(model, layers(model), batches)
     assert [*found] == ["a", "p", "q", "y"]
     for layer in layers(model):
         axis = layer.channel_axis
@@ -132,7 +132,7 @@ def test_positions_are_sampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     # Stripes of the width of one column would deceive a sampling of every n-th position.
     for batch in batches:
         batch.feeds["x"][:, 0] = np.arange(32) % 8
-    found = gather(model, layers(model), batches, cache=False)
+    found = gather(model, layers(model), batches)
     inputs, outputs = found["a"].inputs, found["a"].outputs
     assert inputs is not None
     assert inputs.count == 8 * 20

@@ -21,6 +21,29 @@ SHAPES = [(7, 5), (6, 5, 1, 1), (6, 5, 3), (6, 5, 3, 3), (5, 6, 2, 3), (5, 4, 2,
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
+def output_side(weight: Array, bias: Array, outputs: Moments, rank: int) -> Factors:
+    return calibrated.Splitter(weight, bias, outputs=outputs).output_side(rank)
+
+
+def input_side(
+    weight: Array, bias: Array, inputs: Moments, rank: int, taps: Array | None = None
+) -> Factors:
+    return calibrated.Splitter(weight, bias, inputs=inputs, taps=taps).input_side(rank)
+
+
+def both_sides(
+    weight: Array,
+    bias: Array,
+    inputs: Moments,
+    outputs: Moments,
+    in_rank: int,
+    out_rank: int,
+    taps: Array | None = None,
+) -> Factors:
+    splitter = calibrated.Splitter(weight, bias, inputs=inputs, outputs=outputs, taps=taps)
+    return splitter.both_sides(in_rank, out_rank)
+
+
 def layer(shape: tuple[int, ...], seed: int = 0) -> tuple[Array, Array]:
     rng = np.random.default_rng(seed)
     return rng.standard_normal(shape), rng.standard_normal(shape[0])
@@ -109,7 +132,7 @@ def test_output_side_is_the_best_there_is(shape: tuple[int, ...], pad: int, stri
     rows = outputs_of(weight, bias, seen).reshape(-1, shape[0])
     spectrum = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False) ** 2 / len(rows)
     for rank in range(1, shape[0]):
-        factors = calibrated.output_side(weight, bias, Moments.of(rows), rank)
+        factors = output_side(weight, bias, Moments.of(rows), rank)
         reached = error(weight, bias, factors, seen)
         assert reached == pytest.approx(spectrum[rank:].sum(), rel=1e-8, abs=1e-12)
         for rival in rivals(factors, bias):
@@ -120,7 +143,7 @@ def test_output_side_keeps_the_mean() -> None:
     weight, bias = layer((6, 5, 3, 3))
     seen = windows(maps_of(5, 2), (3, 3), pad=1)
     rows = outputs_of(weight, bias, seen).reshape(-1, 6)
-    factors = calibrated.output_side(weight, bias, Moments.of(rows), 2)
+    factors = output_side(weight, bias, Moments.of(rows), 2)
     kept = outputs_of(*calibrated.effective(factors, bias), seen).reshape(-1, 6)
     np.testing.assert_allclose(kept.mean(axis=0), rows.mean(axis=0), atol=1e-12)
 
@@ -129,7 +152,7 @@ def test_outputs_that_never_vary() -> None:
     weight, bias = layer((6, 5, 3))
     seen = np.ones((10, 3, 5))
     outputs = Moments.of(outputs_of(weight, bias, seen))
-    factors = calibrated.output_side(weight, bias, outputs, 1)
+    factors = output_side(weight, bias, outputs, 1)
     assert error(weight, bias, factors, seen) < 1e-20
 
 
@@ -173,7 +196,7 @@ def test_input_side_is_the_best_there_is(shape: tuple[int, ...], correlated: boo
     seen = patches(shape[1], taps, correlation)
     covariance = np.cov(seen.reshape(len(seen), -1), rowvar=False, bias=True)
     for rank in (1, 2, 3):
-        factors = calibrated.input_side(weight, bias, moments_of(seen), rank, correlation)
+        factors = input_side(weight, bias, moments_of(seen), rank, correlation)
         reached = error(weight, bias, factors, seen)
         found = best_by_descent(weight, covariance, rank)
         assert reached == pytest.approx(found, rel=1e-4)
@@ -184,7 +207,7 @@ def test_alternating_least_squares_have_nothing_to_add() -> None:
     weight, bias = layer((6, 5, 3))
     correlation = neighbours(3)
     seen = patches(5, 3, correlation)
-    factors = calibrated.input_side(weight, bias, moments_of(seen), 2, correlation)
+    factors = input_side(weight, bias, moments_of(seen), 2, correlation)
     reduce = factors.reduce[:, :, 0]
     centred = seen - seen.mean(axis=0)
     targets = outputs_of(weight, np.zeros(6), centred)
@@ -203,14 +226,14 @@ def test_input_side_with_a_mean_that_padding_hides() -> None:
     share, seen = 0.6, patches(5, 3)
     mean = seen.mean(axis=(0, 1))
     block = share * spread(5) + share * (1 - share) * np.outer(mean, mean)
-    factors = calibrated.input_side(weight, bias, moments_of(seen), 2, share * np.eye(3))
+    factors = input_side(weight, bias, moments_of(seen), 2, share * np.eye(3))
     kept, kept_bias = calibrated.effective(factors, bias)
     lost = np.moveaxis(weight - kept, 1, 2).reshape(6, -1)
     covariance = np.kron(np.eye(3), block)
     reached = np.sum((lost @ covariance) * lost)
     assert reached <= best_by_descent(weight, covariance, 2) * (1 + 1e-9)
     np.testing.assert_allclose(kept_bias, bias + share * (weight - kept).sum(axis=2) @ mean)
-    ignorant = calibrated.input_side(weight, bias, moments_of(seen), 2)
+    ignorant = input_side(weight, bias, moments_of(seen), 2)
     lost = np.moveaxis(weight - calibrated.effective(ignorant, bias)[0], 1, 2).reshape(6, -1)
     assert np.sum((lost @ covariance) * lost) > reached
 
@@ -219,7 +242,7 @@ def test_input_side_with_a_mean_that_padding_hides() -> None:
 def test_input_side_keeps_the_mean(shape: tuple[int, ...]) -> None:
     weight, bias = layer(shape)
     seen = patches(shape[1], prod(shape[2:]))
-    factors = calibrated.input_side(weight, bias, moments_of(seen), 2)
+    factors = input_side(weight, bias, moments_of(seen), 2)
     lost = outputs_of(*calibrated.effective(factors, bias), seen) - outputs_of(weight, bias, seen)
     np.testing.assert_allclose(lost.mean(axis=0), 0, atol=1e-12)
     assert np.abs(lost).max() > 1e-3
@@ -236,9 +259,9 @@ def test_the_mean_is_kept_with_padding(sides: str, pad: int, stride: int) -> Non
     outputs = Moments.of(outputs_of(weight, bias, seen).reshape(-1, 6))
     taps = calibrated.padded_taps((4, 4), (3, 3), (pad,) * 4, (stride,) * 2, (1, 1))
     factors = (
-        calibrated.input_side(weight, bias, inputs, 2, taps)
+        input_side(weight, bias, inputs, 2, taps)
         if sides == "input"
-        else calibrated.both_sides(weight, bias, inputs, outputs, 2, 3, taps)
+        else both_sides(weight, bias, inputs, outputs, 2, 3, taps)
     )
     kept = outputs_of(*calibrated.effective(factors, bias), seen).reshape(-1, 6)
     np.testing.assert_allclose(kept.mean(axis=0), outputs.mean, atol=1e-10)
@@ -255,7 +278,7 @@ def test_both_sides(shape: tuple[int, ...], correlated: bool) -> None:
     correlation = neighbours(taps) if correlated else None
     seen = patches(shape[1], taps, correlation)
     inputs, outputs = moments_of(seen), Moments.of(outputs_of(weight, bias, seen))
-    factors = calibrated.both_sides(weight, bias, inputs, outputs, 2, 3, correlation)
+    factors = both_sides(weight, bias, inputs, outputs, 2, 3, correlation)
     assert factors.reduce is not None
     assert factors.expand is not None
 
@@ -278,9 +301,9 @@ def splits(
     weight: Array, bias: Array, inputs: Moments, outputs: Moments, rank: int
 ) -> dict[str, Factors]:
     return {
-        "input": calibrated.input_side(weight, bias, inputs, rank),
-        "output": calibrated.output_side(weight, bias, outputs, rank),
-        "both": calibrated.both_sides(weight, bias, inputs, outputs, rank, rank),
+        "input": input_side(weight, bias, inputs, rank),
+        "output": output_side(weight, bias, outputs, rank),
+        "both": both_sides(weight, bias, inputs, outputs, rank, rank),
     }
 
 
@@ -326,7 +349,7 @@ def test_shapes_and_order_of_the_factors(shape: tuple[int, ...]) -> None:
     weight, bias = layer(shape)
     seen = patches(in_channels, prod(kernel))
     inputs, outputs = moments_of(seen), Moments.of(outputs_of(weight, bias, seen))
-    factors = calibrated.both_sides(weight, bias, inputs, outputs, 2, 3)
+    factors = both_sides(weight, bias, inputs, outputs, 2, 3)
     ones = [1] * len(kernel)
     assert factors.reduce.shape == (2, in_channels, *ones)
     assert factors.core.shape == (3, 2, *kernel)
@@ -347,25 +370,6 @@ def test_effective_of_factors_without_a_bias() -> None:
     np.testing.assert_array_equal(kept_bias, bias)
 
 
-@pytest.mark.parametrize("correlated", [False, True])
-def test_residual_is_the_relative_error(correlated: bool) -> None:
-    weight, bias = layer((6, 5, 3))
-    correlation = neighbours(3) if correlated else None
-    seen = patches(5, 3, correlation)
-    factors = calibrated.input_side(weight, bias, moments_of(seen), 2, correlation)
-    variance = outputs_of(weight, bias, seen).var(axis=0).sum()
-    assert calibrated.residual(weight, factors, moments_of(seen), correlation) == pytest.approx(
-        error(weight, bias, factors, seen) / variance
-    )
-
-
-def test_residual_of_zeros() -> None:
-    weight, bias = np.zeros((6, 5, 3)), np.zeros(6)
-    inputs = moments_of(patches(5, 3))
-    factors = calibrated.input_side(weight, bias, inputs, 2)
-    assert calibrated.residual(weight, factors, inputs) == 0.0
-
-
 def test_dead_and_constant_channels_cost_no_rank() -> None:
     weight, bias = layer((8, 7, 3))
     seen = np.zeros((600, 3, 7))
@@ -373,8 +377,8 @@ def test_dead_and_constant_channels_cost_no_rank() -> None:
     seen[..., 6] = 5.0
     inputs, outputs = moments_of(seen), Moments.of(outputs_of(weight, bias, seen))
     for factors in (
-        calibrated.input_side(weight, bias, inputs, 4),
-        calibrated.both_sides(weight, bias, inputs, outputs, 4, 7),
+        input_side(weight, bias, inputs, 4),
+        both_sides(weight, bias, inputs, outputs, 4, 7),
     ):
         assert np.isfinite(factors.core).all()
         assert np.isfinite(factors.reduce).all()
@@ -388,7 +392,7 @@ def test_inputs_of_low_rank_are_kept_whole() -> None:
     seen = patches(3, 3) @ mix
     inputs = moments_of(seen)
     for rank in (3, 5):  # more than there is to keep must do no harm either
-        factors = calibrated.input_side(weight, bias, inputs, rank)
+        factors = input_side(weight, bias, inputs, rank)
         assert error(weight, bias, factors, seen) < 1e-6
         assert np.abs(factors.core).max() < 100
 
@@ -404,7 +408,7 @@ def test_fewer_samples_than_channels() -> None:
 def test_inputs_that_never_vary_leave_the_weight_to_decide() -> None:
     weight, bias = layer((6, 5, 3))
     seen = np.ones((10, 3, 5))
-    factors = calibrated.input_side(weight, bias, moments_of(seen), 2)
+    factors = input_side(weight, bias, moments_of(seen), 2)
     assert error(weight, bias, factors, seen) < 1e-20
     kept, _ = calibrated.effective(factors, bias)
     blind, _ = calibrated.effective(Splitter(weight).split("input", 2), bias)
@@ -476,22 +480,22 @@ def test_ranks_have_limits(rank: int) -> None:
     inputs, outputs = moments_of(seen), Moments.of(outputs_of(weight, bias, seen))
     message = f"rank {rank} is not between 1 and 4"
     with pytest.raises(ValueError, match=message):
-        calibrated.input_side(weight, bias, inputs, rank)
+        input_side(weight, bias, inputs, rank)
     with pytest.raises(ValueError, match=message):
-        calibrated.output_side(weight, bias, outputs, rank)
+        output_side(weight, bias, outputs, rank)
     with pytest.raises(ValueError, match=message):
-        calibrated.both_sides(weight, bias, inputs, outputs, rank, 2)
+        both_sides(weight, bias, inputs, outputs, rank, 2)
     with pytest.raises(ValueError, match=message):
-        calibrated.both_sides(weight, bias, inputs, outputs, 2, rank)
+        both_sides(weight, bias, inputs, outputs, 2, rank)
 
 
 def test_moments_without_samples() -> None:
     weight, bias = layer((5, 5, 3))
     nothing = Moments.of(np.empty((0, 5)))
     with pytest.raises(ValueError, match="no samples"):
-        calibrated.input_side(weight, bias, nothing, 2)
+        input_side(weight, bias, nothing, 2)
     with pytest.raises(ValueError, match="no samples"):
-        calibrated.output_side(weight, bias, nothing, 2)
+        output_side(weight, bias, nothing, 2)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -501,11 +505,11 @@ def test_values_that_are_not_finite(value: float) -> None:
     moments = Moments.of(rows)
     broken = Moments(20, moments.mean, moments.scatter + value)
     with pytest.raises(ValueError, match="moments hold NaN"):
-        calibrated.input_side(weight, bias, broken, 2)
+        input_side(weight, bias, broken, 2)
     with pytest.raises(ValueError, match="moments hold NaN"):
-        calibrated.output_side(weight, bias, broken, 2)
+        output_side(weight, bias, broken, 2)
     weight[0, 0, 0] = value
     with pytest.raises(ValueError, match="layer holds NaN"):
-        calibrated.input_side(weight, bias, moments, 2)
+        input_side(weight, bias, moments, 2)
     with pytest.raises(ValueError, match="layer holds NaN"):
-        calibrated.output_side(weight, bias, moments, 2)
+        output_side(weight, bias, moments, 2)

@@ -9,12 +9,12 @@ import pytest
 from helpers import parse, random_feeds, run
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.optimize import lsq_linear, minimize
+from scipy.optimize import minimize
 
 from pwopt import shapes
 from pwopt.linear import Linear, linear
 from pwopt.lowrank import regression
-from pwopt.lowrank.regression import Regression, affine, patches, regress
+from pwopt.lowrank.regression import Regression, patches, regress
 from pwopt.model import Model
 
 Array = npt.NDArray[Any]
@@ -270,36 +270,6 @@ def test_values_that_are_not_finite(where: int, value: float) -> None:
     data[where][1, 2] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
         regress(*data)
-    if where < 2:
-        with pytest.raises(ValueError, match="NaN or infinite"):
-            affine(data[where], data[where])
-
-
-# -- affine -----------------------------------------------------------------------------------
-
-
-def test_affine_is_bounded_least_squares() -> None:
-    rng = np.random.default_rng(0)
-    outputs = rng.standard_normal((200, 6)) + 5
-    wanted = outputs * [1.5, 0.3, -2.0, 0.001, 80.0, 1.0] + [0, 1, 2, 3, 4, 5]
-    wanted += 0.1 * rng.standard_normal(wanted.shape)
-    scale, offset = affine(outputs.astype(np.float32), wanted.astype(np.float32))
-    for channel in range(6):
-        system = np.stack([outputs[:, channel], np.ones(200)], axis=1)
-        found = lsq_linear(system, wanted[:, channel], ([0.1, -np.inf], [10, np.inf]), tol=1e-12).x
-        np.testing.assert_allclose([scale[channel], offset[channel]], found, rtol=1e-3, atol=1e-3)
-
-
-def test_affine_of_a_dead_channel_moves_it() -> None:
-    outputs, targets, _ = rows(features=3, outputs=3)
-    outputs[:, 1] = 4
-    scale, offset = affine(outputs, targets)
-    assert scale[1] == 1
-    assert offset[1] == pytest.approx(targets[:, 1].mean() - 4)
-    outputs[:] = 0
-    scale, offset = affine(outputs, targets)
-    np.testing.assert_array_equal(scale, 1)
-    np.testing.assert_allclose(offset, targets.mean(axis=0))
 
 
 # -- patches ----------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def test_a_model_with_nothing_to_split_is_timed_as_it_is() -> None:
     model = parse(
         "net (float[1,8,4,4] x) => (float[1,8,2,2] y) <float[8,8,3,3] w> { y = Conv (x, w) }"
     )
-    found = latency.measure(model, layers_of(model), cache=False)
+    found = latency.measure(model, layers_of(model))
     assert found.layers.keys() == {"y"}
     assert found.options == {"y": {}}
 
@@ -252,8 +252,6 @@ def test_what_was_measured_is_recalled(
     assert latency.measure(other_weights, layers_of(other_weights)) == found
     with pytest.raises(AssertionError, match="opened a session"):
         latency.measure(model, layers_of(model), threads=2)
-    with pytest.raises(AssertionError, match="opened a session"):
-        latency.measure(model, layers_of(model), cache=False)
 
 
 def test_a_file_says_what_it_is(measured: tuple[Model, Latencies], cache_folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The search: plans against all there are, bounds that hold, what is built and what is put back."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
 from math import inf, prod
@@ -180,7 +180,7 @@ def test_the_confident_go_by_the_worse_end_of_the_interval(judged: Point) -> Non
     assert not Bounds(max_drop=1.49, confident=True).allow(judged)
 
 
-@pytest.mark.parametrize("wanted", [-1, -0.01, float("nan")])
+@pytest.mark.parametrize("wanted", [-1, -0.01, float("nan"), inf, -inf])
 @pytest.mark.parametrize("what", ["speedup", "max_drop"])
 def test_bounds_that_mean_nothing(what: str, wanted: float) -> None:
     with pytest.raises(SpecError, match="give a number from 0"):
@@ -264,6 +264,7 @@ def test_what_exact_rewrites_gained_counts(fitted: list[Any]) -> None:
     found = Search(MODEL, layers_of(MODEL), like._latencies, like._harms, [], yardstick)
     gain = yardstick.fewer_macs(MODEL)
     assert gain > 2
+    assert found.limit == pytest.approx(gain * found.fastest(Bounds()))
     assert found.find(Bounds(speedup=0.99 * gain)).plan == {}
     assert found.find(Bounds(speedup=1.2 * gain)).plan
     assert found.find(Bounds(speedup=30 * gain)) is None
@@ -426,7 +427,7 @@ def test_no_plan_is_built_twice(fitted: list[Any]) -> None:
     found = timed()
     best = found.find(Bounds(max_drop=2))
     assert found.find(Bounds(max_drop=2)) is best
-    found.curve(8)
+    assert found.find(Bounds(max_drop=2), curve=8) is not None
     plans = [tuple(sorted(trial.plan.items())) for trial in found.trials]
     assert len(plans) == len(set(plans)) > 5
     assert len(fitted) == sum(map(bool, plans))
@@ -434,7 +435,9 @@ def test_no_plan_is_built_twice(fitted: list[Any]) -> None:
 
 def test_the_curve_goes_from_the_model_as_it_is_to_the_fastest(fitted: list[Any]) -> None:
     found = timed()
-    found.curve(6)
+    best = found.find(Bounds(), curve=6)
+    assert best is not None
+    assert best.plan == {}
     speeds = sorted(trial.point.speedup for trial in found.trials)
     assert len(speeds) == 6
     assert speeds[0] == 1
@@ -446,9 +449,67 @@ def test_the_curve_goes_from_the_model_as_it_is_to_the_fastest(fitted: list[Any]
         assert trial.point.ranks == {where: str(option) for where, option in trial.plan.items()}
 
 
+def losing(monkeypatch: pytest.MonkeyPatch, drop: Callable[[float], float]) -> None:
+    """Let what a model loses follow from its speed."""
+    judge = FakeYardstick.point
+
+    def point(self: FakeYardstick, *given: Any) -> Point:
+        found = judge(self, *given)
+        lost = drop(found.speedup)
+        return replace(found, drop_points=lost, drop_ci95=(lost, lost))
+
+    monkeypatch.setattr(FakeYardstick, "point", point)
+
+
+def test_a_faster_one_of_the_curve_is_taken_where_it_is_allowed(
+    fitted: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is lost does not always grow with the speed."""
+    end = timed().fastest(Bounds())
+    losing(monkeypatch, lambda speed: 9.0 if 1.3 < speed < 0.95 * end else 0.5)
+    bisected = timed().find(Bounds(max_drop=1))
+    assert bisected is not None
+    assert 1 <= bisected.point.speedup <= 1.3
+    found = timed()
+    best = found.find(Bounds(max_drop=1), curve=6)
+    assert best is not None
+    assert best.point.speedup == pytest.approx(end, rel=0.01)
+    assert best.point.speedup == max(trial.point.speedup for trial in found.trials)
+    assert bisected.plan in [trial.plan for trial in found.trials]
+
+
+def test_what_the_curve_holds_beyond_the_bounds_is_not_taken(
+    fitted: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losing(monkeypatch, lambda speed: 9.0 if speed > 1.3 else 0.5)
+    for bounds in (Bounds(max_drop=1), Bounds(max_drop=1, confident=True)):
+        found = timed()
+        best = found.find(bounds, curve=6)
+        assert best is not None
+        assert best.point.speedup <= 1.3 < max(trial.point.speedup for trial in found.trials)
+    params = analysis.size(MODEL).params // 2
+    small = timed().find(Bounds(max_params=params), curve=6)  # the whole one would lose less
+    assert small is not None
+    assert small.point.params <= params
+    assert timed().find(Bounds(speedup=50), curve=6) is None
+
+
+def test_at_a_speed_a_better_one_of_the_curve_is_taken(
+    fitted: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = timed().fastest(Bounds())
+    losing(monkeypatch, lambda speed: 0.5 if speed > 0.95 * end or speed < 1.4 else 9.0)
+    for bounds in (Bounds(speedup=1.5), Bounds(speedup=1.5, max_drop=10)):
+        aimed, best = (timed().find(bounds, curve=count) for count in (0, 6))
+        assert aimed is not None
+        assert best is not None
+        assert 1.5 <= aimed.point.speedup < 0.95 * end < best.point.speedup
+        assert (aimed.point.loss, best.point.loss) == (9.0, 0.5)
+
+
 def test_a_model_that_cannot_gain_has_a_curve_of_one_point(fitted: list[Any]) -> None:
     found = search(replace(TABLE, options={}), {})
-    found.curve(8)
+    assert found.find(Bounds(max_drop=1), curve=8) is found.trials[0]
     assert [trial.plan for trial in found.trials] == [{}]
 
 
@@ -462,6 +523,14 @@ def test_by_macs_nothing_is_timed_before_the_model_is_there(fitted: list[Any]) -
     assert best.point.predicted_ms is None
     assert 2 * (best.point.macs or inf) <= (analysis.size(MODEL).macs or 0)
     assert not found.put_back
+
+    # Of the allowed the one of fewest MACs, although this machine runs it more slowly than none.
+    best = found.find(Bounds(max_drop=3))
+    assert best is not None
+    assert best.plan
+    allowed = [t.point.macs or inf for t in found.trials if t.point.loss <= 3]
+    assert best.point.macs == min(allowed) < max(allowed)
+    assert best.point.speedup < 1
 
 
 @pytest.mark.parametrize("bounds", [Bounds(max_drop=3), Bounds(speedup=2)])

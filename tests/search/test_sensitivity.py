@@ -74,7 +74,7 @@ def feed(model: Model, *sizes: int, seed: int = 0) -> list[Batch]:
 def forms_of(model: Model, *sizes: int) -> ClosedForms:
     batches = feed(model, *(sizes or (64, 64)), seed=100)
     known = shapes.infer(model, shapes.bind(model))
-    return ClosedForms(gather(model, layers(model), batches, cache=False), known)
+    return ClosedForms(gather(model, layers(model), batches), known)
 
 
 def grid(layer: Linear, ranks: Sequence[int] = (1, 2, 3)) -> list[Option]:
@@ -205,7 +205,7 @@ def test_harm_falls_with_the_rank_in_a_trained_network() -> None:
     samples = calibration_samples(open_data(DEMO_CALIBRATION, model, preprocess="unit"), 96)
     found = layers(model)
     known = shapes.infer(model, shapes.bind(model))
-    forms = ClosedForms(gather(model, found, samples.fit, cache=False), known)
+    forms = ClosedForms(gather(model, found, samples.fit), known)
     options = {layer.where: grid(layer, (2, 8, 24)) for layer in found}
 
     def split(layer: Linear, option: Option) -> Factors:

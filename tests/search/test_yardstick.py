@@ -8,7 +8,7 @@ import pytest
 from helpers import Array, parse
 from made_up import layers_of
 
-from pwopt import analysis, comparing
+from pwopt import analysis, comparing, runtime
 from pwopt.data import Batch
 from pwopt.errors import ModelError
 from pwopt.model import Model
@@ -74,17 +74,25 @@ def test_what_is_lost_less_what_is_gained_counts() -> None:
     assert judged([gains], TWO).drop_points == pytest.approx(-100 / 3)
 
 
-def test_all_copies_count_alike() -> None:
+def test_samples_as_they_are_count_half_and_their_copies_the_other() -> None:
     labels = [0, 0, 2, 2]
     lost = [batch(sure(0, 0, 2, 2), labels)]  # half of them
     kept = [batch(sure(1, 1, 2, 2), labels)]  # wrong before, too
     assert judged([lost], TWO).drop_points == pytest.approx(50)
     assert judged([kept, lost], TWO).drop_points == pytest.approx(25)
-    assert judged([lost, kept, kept, kept], TWO).drop_points == pytest.approx(12.5)
-    assert judged([kept, lost, lost, lost], TWO).drop_points == pytest.approx(37.5)
+    assert judged([lost, kept, kept, kept], TWO).drop_points == pytest.approx(25)
+    assert judged([kept, lost, lost, lost], TWO).drop_points == pytest.approx(25)
+    assert judged([kept, kept, kept, lost], TWO).drop_points == pytest.approx(50 / 3 / 2)
+    assert judged([lost, lost, kept, kept], TWO).drop_points == pytest.approx((50 + 50 / 3) / 2)
     same = [batch(sure(2, 2, 2, 2), labels)]
-    agreement = judged([same, lost, same, same], TWO).agreement
-    assert agreement == pytest.approx(1 - 1 / 8, abs=1e-6)
+    for groups, drop in (([same, lost, same, same], 1 / 12), ([lost, same, same, same], 1 / 4)):
+        assert judged(groups, TWO).agreement == pytest.approx(1 - drop, abs=1e-6)
+
+
+def tempered(*probabilities: float) -> Array:
+    """Return what softmax makes of half the logarithms: square roots, to sum 1 again."""
+    roots = np.sqrt(probabilities)
+    return np.asarray(roots / roots.sum())
 
 
 def test_a_changed_class_counts_by_how_sure_the_original_was() -> None:
@@ -93,15 +101,18 @@ def test_a_changed_class_counts_by_how_sure_the_original_was() -> None:
     assert found.drop_points is None
     assert found.measure == "agreement"
     # 0 → 2 at 0.7 against 0.1; 0 → 2 at 0.45 against 0.4; unchanged
-    assert found.agreement == pytest.approx(1 - (0.6 + 0.05 + 0) / 3, abs=1e-6)
-    assert found.loss == pytest.approx(100 * 0.65 / 3, abs=1e-4)
+    (a, _, c), (d, _, f) = tempered(0.7, 0.2, 0.1), tempered(0.45, 0.15, 0.4)
+    assert a - c == pytest.approx(0.325, abs=1e-3)
+    assert found.agreement == pytest.approx(1 - (a - c + d - f + 0) / 3, abs=1e-6)
+    assert found.loss == pytest.approx(100 * (a - c + d - f) / 3, abs=1e-4)
 
 
 def test_outputs_that_are_probabilities_are_taken_as_such() -> None:
     text = SCORES.replace("y = Add", "s = Add").replace("}", " y = Softmax<axis = 1>(s) }")
     rows = np.log([[0.7, 0.2, 0.1], [0.45, 0.15, 0.4]])
     found = judged([[batch(rows)]], scoring(0, 0, 40, text=text), scoring(0, 0, 0, text=text))
-    assert found.agreement == pytest.approx(1 - 0.65 / 2, abs=1e-6)
+    (a, _, c), (d, _, f) = tempered(0.7, 0.2, 0.1), tempered(0.45, 0.15, 0.4)
+    assert found.agreement == pytest.approx(1 - (a - c + d - f) / 2, abs=1e-6)
 
 
 def test_error_is_the_divergence_over_samples_and_copies() -> None:
@@ -263,6 +274,24 @@ def test_speed_and_prediction() -> None:
     assert 0 < low <= found.speedup <= high
     assert found.measured_ms > 0
     assert found.predicted_ms == pytest.approx(0.5 * found.speedup * found.measured_ms)
+
+
+def test_milliseconds_are_those_of_the_original_once_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though the machine is slower later on."""
+    measured = [(10.0, 10.0), (40.0, 20.0), (100.0, 25.0)]
+
+    def interleave(sessions: Sequence[Any], *_: Any, **__: Any) -> runtime.Timing:
+        assert len(sessions) == 2
+        return runtime.Timing(np.array([measured.pop(0)] * 7))
+
+    monkeypatch.setattr(runtime, "interleave", interleave)
+    found = Yardstick(ORIGINAL, [[batch(sure(0, 1, 2))]], {"x": sure(0)})
+    first, second = (found.point(TWO, predicted, {}) for predicted in (0.6, None))
+    assert (first.speedup, first.measured_ms, first.predicted_ms) == (2, 5, 6)
+    assert (second.speedup, second.measured_ms, second.predicted_ms) == (4, 2.5, None)
+    assert not measured
 
 
 CONV = """
