@@ -19,7 +19,6 @@ bias goes to the last convolution. A convolution that already stands directly be
 a 1×1 is left alone, which also makes a second run change nothing.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -27,8 +26,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import lowrank, shapes
-from pwopt.calibration.augment import prepare
+from pwopt import lowrank, runtime, shapes
+from pwopt.calibration import calibration_samples
+from pwopt.calibration.augment import to_fit
 from pwopt.calibration.refit import refit
 from pwopt.candidates import MIN_CHANNELS, Candidate, Choice, candidate, check_rank
 from pwopt.cost import Split
@@ -131,11 +131,10 @@ class Bottleneck(Pass):
             if isinstance(layer, Linear) and isinstance(proposed, Candidate):
                 layers.append(layer)
                 splits[layer.where] = Split(layer.size, proposed.sides, proposed.rank)
-        cores = os.cpu_count() or 1
-        ready = prepare(
-            model, context.samples, context.most_samples, threads=cores, seed=context.seed
+        samples = to_fit(calibration_samples(context.samples, context.most_samples), context.seed)
+        return refit(
+            model, layers, splits, samples, threads=runtime.cores(), progress=context.progress
         )
-        return refit(model, layers, splits, ready.fit, threads=cores, progress=context.progress)
 
 
 def _rewrote(where: str, found: Candidate) -> Event:

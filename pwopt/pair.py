@@ -1,7 +1,5 @@
 """Two models that take the same inputs: their outputs, latencies and file sizes."""
 
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +76,7 @@ class Pair:
             DataError: samples that do not fit.
             ModelError: a model that cannot be run, or whose outputs differ in name, type or shape.
         """
-        before, after = self._sessions(_cores())
+        before, after = self._sessions(runtime.cores())
         original, rewritten = self.names
         for batch in samples:
             rows = samples.rows(batch.feeds)
@@ -133,10 +131,3 @@ def _signature(arguments: Sequence[Any], *, shapes: bool) -> str:
         sizes = ",".join(str(d) if isinstance(d, int) else "?" for d in argument.shape)
         texts.append(f"{argument.name}: {argument.type}" + (f"[{sizes}]" if shapes else ""))
     return "; ".join(sorted(texts))
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

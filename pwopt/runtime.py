@@ -1,6 +1,8 @@
 """onnxruntime: sessions, and the latencies of several measured in turn."""
 
+import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +28,13 @@ RESAMPLES = 2000
 
 WARM_UP_RUNS = 3
 """Runs that come first and are not timed."""
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def session(

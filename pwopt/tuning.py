@@ -1,11 +1,11 @@
 """Bottlenecks chosen by measured time and by what they do to the outputs: `--bottleneck auto`."""
 
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
+from pwopt import runtime
 from pwopt.analysis import size
 from pwopt.calibration import LIMIT, gather
 from pwopt.calibration.augment import prepare
@@ -17,6 +17,7 @@ from pwopt.errors import BoundError, ModelError
 from pwopt.graph import is_op
 from pwopt.linear import Linear, linear
 from pwopt.model import Model
+from pwopt.progress import Progress
 from pwopt.rewriting import Event
 from pwopt.search import latency, sensitivity
 from pwopt.search.front import Front
@@ -24,8 +25,6 @@ from pwopt.search.latency import Latencies
 from pwopt.search.search import Bounds, Search, Trial
 from pwopt.search.yardstick import Yardstick
 from pwopt.shapes import InputShapes, Shape, bind, infer
-
-Progress = Callable[[str, int, int | None], None]
 
 CURVE = 8
 """Models that are built for the curve of speed against accuracy."""
@@ -82,7 +81,10 @@ def tune(
         DataError: too few samples, or some that do not fit.
         ModelError: onnxruntime cannot run the model.
     """
-    cores = os.cpu_count() or 1
+    cores = runtime.cores()
+    if bounds.max_macs is not None and size(model, shapes).macs is None:
+        raise ModelError(f"{model.name}: its MACs are not known; give the input's shape by --shape")
+    ready = prepare(model, samples, limit, threads=cores, seed=seed)
     known = infer(model, bind(model, shapes, batch=batch))
     nodes = [node for node in model.graph.nodes if is_op(node, *COUNTED_OPS)]
     seen = {node.outputs[0].name: _layer(node, known) for node in nodes}
@@ -94,10 +96,6 @@ def tune(
             model, layers, shapes=shapes, threads=threads, batch=batch, progress=progress
         )
     layers = [layer for layer in layers if table.paying(layer.where)]
-    if bounds.max_macs is not None and size(model, shapes).macs is None:
-        raise ModelError(f"{model.name}: its MACs are not known; give the input's shape by --shape")
-
-    ready = prepare(model, samples, limit, threads=cores, seed=seed)
     forms = ClosedForms(gather(model, layers, ready.fit, threads=cores, progress=progress), known)
     harms = sensitivity.measure(
         model,
@@ -124,12 +122,14 @@ def tune(
         cores=cores,
         progress=progress,
     )
-    best = search.find(bounds, curve=CURVE if curve else 0)
+    best = search.find(bounds)
+    if curve and best is not None:
+        search.curve(CURVE)
     if best is None:
         raise BoundError(f"{original.name}: {_unreached(bounds, search)}")
     front = Front(
         model=original.name,
-        original=replace(yardstick.point(original, None, {}), speedup=1.0, speedup_ci95=(1.0, 1.0)),
+        original=yardstick.original(),
         points=tuple(trial.point for trial in search.trials),
         chosen=search.trials.index(best),
         threads=threads,

@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pwopt import runtime
-from pwopt.calibration.samples import LIMIT, calibration_samples
+from pwopt.calibration.samples import LIMIT, Calibration, calibration_samples, fed_rows
 from pwopt.comparing import class_scores, probabilities
 from pwopt.data import Batch, Samples
 from pwopt.data.samples import Array
 from pwopt.model import Model
-from pwopt.shapes import Input
+from pwopt.shapes import Input, inputs
 
 Layout = Literal["NCHW", "NHWC"]
 
@@ -82,6 +82,11 @@ class Prepared:
     judged: list[list[Batch]]
 
 
+def to_fit(chosen: Calibration, seed: int = 0) -> list[Batch]:
+    """Return what splits are fitted to: images as they are, and one shifted copy of each."""
+    return [*chosen.fit, *shifted(chosen.fit, 1, seed=seed, reach=FAR)]
+
+
 def prepare(
     model: Model, source: Samples, limit: int = LIMIT, *, threads: int = 1, seed: int = 0
 ) -> Prepared:
@@ -98,7 +103,7 @@ def prepare(
         shifted(held_out, 1, seed=seed + 2 + number, reach=reach) for number in range(JUDGED_COPIES)
     ]
     return Prepared(
-        fit=[*chosen.fit, *shifted(chosen.fit, 1, seed=seed, reach=FAR)],
+        fit=to_fit(chosen, seed),
         tried=shifted(held_out, 1, seed=seed + 1, reach=FAR) or held_out,
         judged=[held_out, *filter(None, copies)],
     )
@@ -115,12 +120,12 @@ def unsure_reach(
     Raises:
         ModelError: onnxruntime cannot run the model.
     """
-    session = runtime.session(model, threads=threads)
+    session, declared = runtime.session(model, threads=threads), inputs(model)
     for reach in NEAR:
         confidences = []
         for batch in shifted(batches, 1, seed=seed, reach=reach):
             outputs = runtime.run(session, batch.feeds, name=model.name)
-            scores = class_scores(outputs, len(next(iter(outputs.values()))))
+            scores = class_scores(outputs, fed_rows(declared, batch))
             if scores is None:
                 return NEAR[0]
             confidences.append(probabilities(outputs[scores])[: batch.samples].max(axis=1))

@@ -20,15 +20,12 @@ from pwopt.errors import SpecError
 from pwopt.linear import Linear
 from pwopt.lowrank import Factors
 from pwopt.model import Model
-from pwopt.runtime import Array
+from pwopt.progress import Progress
 from pwopt.search.allocation import Choice, allocate
 from pwopt.search.front import Point
-from pwopt.search.latency import Latencies, Option, nominal_factors
+from pwopt.search.latency import Latencies, Option, Plan, nominal_factors
 from pwopt.search.yardstick import Yardstick
 from pwopt.shapes import InputShapes, bind
-
-Progress = Callable[[str, int, int | None], None]
-Plan = Mapping[str, Option]
 
 WORST_HARM = 1.0
 """Plans that are foretold to do more harm (nats, or relative error) are not worth building."""
@@ -220,15 +217,11 @@ class Search:
 
     # -- models -------------------------------------------------------------------------------
 
-    def find(self, bounds: Bounds, *, curve: int = 0) -> Trial | None:
+    def find(self, bounds: Bounds) -> Trial | None:
         """Build models and return the best within the bounds; None where none is.
 
         That is the most accurate one at the speed wanted; else the fastest that loses no more than
         is allowed; else the most accurate one of the size allowed. It may have no layer split.
-
-        Args:
-            bounds: What is wanted.
-            curve: So many models, from the slowest to the fastest worth building, are built too.
         """
         if bounds.speedup is not None:
             self._aim(bounds.speedup, bounds)
@@ -236,13 +229,15 @@ class Search:
             self._bisect(bounds)
         else:
             self._trial(self._kept_plan(0, bounds))
-        if curve:
-            for speedup in np.geomspace(1, max(self.fastest(Bounds()), 1), curve):
-                self._trial(self._kept_plan(speedup / (1 + 1e-6), Bounds()))
         within = [trial for trial in self.trials if self._meets(trial, bounds)]
         if bounds.speedup is None and bounds.max_drop is not None:
             return max(within, key=self._reached, default=None)
         return min(within, key=lambda trial: trial.point.loss, default=None)
+
+    def curve(self, points: int) -> None:
+        """Build models all the way from the model as it is to the fastest worth building."""
+        for speedup in np.geomspace(1, max(self.fastest(Bounds()), 1), points):
+            self._trial(self._kept_plan(speedup / (1 + 1e-6), Bounds()))
 
     def model(self, trial: Trial) -> Model:
         """Return the model of a trial."""
@@ -362,15 +357,14 @@ def _random(split: Split) -> Factors:
 
     Equal ones would not do, since onnxruntime may keep equal weights once.
     """
-    rng = np.random.default_rng(0)
-
-    def scattered(weight: Array | None) -> Array | None:
-        return None if weight is None else weight * rng.uniform(0.5, 1.5, weight.shape)
-
-    like = nominal_factors(split)
-    core = scattered(like.core)
-    assert core is not None
-    return Factors(core, scattered(like.reduce), scattered(like.expand))
+    rng, like = np.random.default_rng(0), nominal_factors(split)
+    parts = {part: getattr(like, part) for part in ("core", "reduce", "expand")}
+    scattered = {
+        part: weight * rng.uniform(0.5, 1.5, weight.shape)
+        for part, weight in parts.items()
+        if weight is not None
+    }
+    return Factors(**scattered)
 
 
 def split_model(model: Model, layers: Sequence[Linear], factors: Mapping[str, Factors]) -> Model:

@@ -1,7 +1,7 @@
 """How fast a model is against the original, and what it lost, on samples that did not make it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from pwopt.comparing import class_scores
 from pwopt.data import Batch
 from pwopt.linear import Linear
 from pwopt.model import Model
-from pwopt.runtime import Array, Feeds
+from pwopt.runtime import Array, Feeds, Speedup
 from pwopt.search import latency
 from pwopt.search.front import Interval, Point
 from pwopt.search.latency import Plan
@@ -23,16 +23,6 @@ RESAMPLES = 2_000
 
 SECONDS = 3.0
 """How long a model and the original are timed in turn."""
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Measured latency: the original's ÷ the model's own, both timed in turn."""
-
-    ratio: float
-    ci95: Interval
-    original_ms: float
-    model_ms: float
 
 
 class Yardstick:
@@ -81,9 +71,9 @@ class Yardstick:
         self._cores = cores
         self._seed = seed
         self._expected = [self._outputs(original, group) for group in groups]
-        self._latency_ms = self.speed(original).original_ms
+        self._latency_ms = self._timed([]).median_ms[0]
         first = self._expected[0]
-        self._scores = class_scores(first, len(next(iter(first.values()))))
+        self._scores = class_scores(first, self.samples)
         self._own_labels = None if self._scores is None else self._classes(first)
         given = [batch.labels for batch in groups[0] if batch.labels is not None]
         self._labels = np.concatenate(given) if len(given) == len(groups[0]) else None
@@ -98,12 +88,13 @@ class Yardstick:
         """What the original's latency depends on, beside the machine; weights' values are not."""
         return latency.structure(self._original, {name: a.shape for name, a in self._feeds.items()})
 
-    def speed(self, model: Model) -> Speed:
+    def speed(self, model: Model) -> Speedup:
         """Time a model against the original."""
-        sessions = [self._session, runtime.session(model, threads=self._threads)]
-        timing = runtime.interleave(sessions, self._feeds, seconds=SECONDS)
-        found = timing.speedup(0, 1, seed=self._seed)
-        return Speed(found.ratio, found.ci95, *timing.median_ms)
+        return self._timed([model]).speedup(0, 1, seed=self._seed)
+
+    def _timed(self, models: Sequence[Model]) -> runtime.Timing:
+        others = [runtime.session(model, threads=self._threads) for model in models]
+        return runtime.interleave([self._session, *others], self._feeds, seconds=SECONDS)
 
     def fewer_macs(self, model: Model) -> float:
         """Return the original's MACs ÷ the model's; 1 where they are not known."""
@@ -115,6 +106,12 @@ class Yardstick:
     ) -> dict[str, tuple[float, float]]:
         """Time the layers of a plan, see `latency.in_place`."""
         return latency.in_place(model, layers, plan, self._feeds, threads=self._threads)
+
+    def original(self) -> Point:
+        """Return the original itself as a point: all others are measured against it."""
+        point = self.point(self._original, None, {})
+        once: Interval = (1.0, 1.0)
+        return replace(point, speedup=1.0, speedup_ci95=once, measured_ms=self._latency_ms)
 
     def point(self, model: Model, predicted: float | None, ranks: Mapping[str, str]) -> Point:
         """Time and judge a model. `predicted` is its share of the original's latency, if known.
@@ -157,7 +154,7 @@ class Yardstick:
             outputs = runtime.run(session, batch.feeds, name=model.name)
             rows = fed_rows(declared, batch)
             parts.append({n: real(array, rows, batch.samples) for n, array in outputs.items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {n: np.concatenate([np.atleast_1d(p[n]) for p in parts]) for n in parts[0]}
 
     def _classes(self, outputs: Mapping[str, Array]) -> npt.NDArray[np.int64]:
         assert self._scores is not None
