@@ -31,6 +31,9 @@ SECONDS = 1.0
 LARGEST_POOLED = 2**16
 """Elements up to which a site with a pool is checked in float64; beyond, that takes seconds."""
 
+LARGEST_WEIGHTS = 64 << 20
+"""Bytes of constants up to which a site is checked in float64, which takes several times as many."""
+
 LEAST_GAIN = 1.01
 """Ties are left alone: the lower end of the measured ratio's interval must reach this."""
 
@@ -171,6 +174,8 @@ def _in_float64(site: Model, feeds: runtime.Feeds) -> _Results:
     pools = any(node.op.endswith("Pool") for node in site.graph.nodes)
     if pools and sum(values.size for values in feeds.values()) > LARGEST_POOLED:
         raise ModelError("onnx's reference pools element by element, which takes too long")
+    if size(site).weight_bytes > LARGEST_WEIGHTS:
+        raise ModelError("its weights take too much memory in float64")
     names = [output.name for output in site.graph.outputs]
     doubled = {name: _doubled(values) for name, values in feeds.items()}
     try:

@@ -37,6 +37,14 @@ EXACT: dict[Gate, str] = {
 }
 """The exact passes that have a chance, by gate; fused siblings are a matter of measurement."""
 
+BEFORE: dict[Gate, str] = {
+    "measured": f"{_FOLD_AND_MOVE},fuse-siblings",
+    "macs": _FOLD_AND_MOVE,
+    "always": _FOLD_AND_MOVE,
+}
+"""Those that come before bottlenecks of chosen ranks. Whether a Gemm is a Conv is a matter of
+measurement, often a tie, and of no account once it is split."""
+
 BEHIND = "merge-linear-convs"
 """The exact passes that may find something new behind a split."""
 
@@ -149,7 +157,7 @@ def rewrite(
 
     judge = SiteJudge(gate, shapes=shapes, threads=threads, batch=batch)
     if exact or auto:
-        run(parse(EXACT[gate]), judge)
+        run(parse((EXACT if exact else BEFORE)[gate]), judge)
         if any(report.rewrote for report in reports):
             prove(original, result, shapes)
     if opened is not None and auto:
