@@ -32,7 +32,7 @@ LARGEST_POOLED = 2**16
 """Elements up to which a site with a pool is checked in float64; beyond, that takes seconds."""
 
 LARGEST_WEIGHTS = 64 << 20
-"""Bytes of constants up to which a site is checked in float64, which takes several times as many."""
+"""Bytes of constants up to which a site is checked in float64, which takes a multiple of them."""
 
 LEAST_GAIN = 1.01
 """Ties are left alone: the lower end of the measured ratio's interval must reach this."""

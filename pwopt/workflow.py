@@ -161,9 +161,11 @@ def rewrite(
         if any(report.rewrote for report in reports):
             prove(original, result, shapes)
     if opened is not None and auto:
+        # Models may be large: one that nothing was done to is held once.
+        result = result if any(report.rewrote for report in reports) else original
         tuned = tune(
             original,
-            result.copy(),
+            result,
             opened,
             bounds,
             by_macs=cost == "macs",
