@@ -237,8 +237,8 @@ def test_the_fastest_that_was_built_is_told_of(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Yardstick, "point", point)
     with pytest.raises(BoundError) as caught:
-        tuned(HALF, Bounds(speedup=2, max_drop=0.0, max_params=10_000), curve=True)
-    assert len(found) > 4
+        tuned(HALF, Bounds(max_drop=0.0, max_params=int(0.3 * size(HALF).params)))
+    assert len({*found}) > 2
     assert f"; {max(found):.2f}× loses " in str(caught.value)
 
 
@@ -325,14 +325,11 @@ def test_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speeds[0] == 1
     assert speeds[-1] > 3
     assert len({tuple(sorted(point.ranks.items())) for point in points}) == len(points)
-    # The bisection's come first, as they do alone; the fastest allowed of all is chosen.
-    alone = half(1.0).front
-    assert points[: len(alone.points)] == alone.points
-    chosen = points[result.front.chosen or 0]
-    assert chosen.loss <= 1
-    assert chosen.speedup == max(point.speedup for point in points if point.loss <= 1)
-    assert chosen.speedup >= alone.points[alone.chosen or 0].speedup
-    assert chosen.params == size(result.model).params
+    alone = half(1.0)
+    assert told(alone) == told(result)
+    assert alone.model.to_proto() == result.model.to_proto()
+    assert points[: len(alone.front.points)] == alone.front.points
+    assert result.front.chosen == alone.front.chosen
 
 
 def test_the_same_twice() -> None:

@@ -19,11 +19,11 @@ from pwopt.errors import SpecError
 from pwopt.linear import Linear
 from pwopt.lowrank import Factors
 from pwopt.model import Model
+from pwopt.runtime import Speedup
 from pwopt.search import search as module
 from pwopt.search.front import Point
 from pwopt.search.latency import Latencies, Option, Plan, nominal_factors
 from pwopt.search.search import CLOSE, Bounds, Search, Trial, split_model
-from pwopt.search.yardstick import Speed
 
 NET = """
     net (float[N,64,8,8] x) => (float[N,10] y)
@@ -82,10 +82,10 @@ class FakeYardstick:
         assert after
         return before / after
 
-    def speed(self, model: Model) -> Speed:
+    def speed(self, model: Model) -> Speedup:
         ratio = self.fewer_macs(model)
         ratio = ratio / self.slowness if ratio > 1 else ratio
-        return Speed(ratio, (ratio, ratio), 10, 10 / ratio)
+        return Speedup(ratio, (ratio, ratio))
 
     def in_place(
         self, model: Model, layers: Sequence[Linear], plan: Plan
@@ -427,7 +427,8 @@ def test_no_plan_is_built_twice(fitted: list[Any]) -> None:
     found = timed()
     best = found.find(Bounds(max_drop=2))
     assert found.find(Bounds(max_drop=2)) is best
-    assert found.find(Bounds(max_drop=2), curve=8) is not None
+    found.curve(8)
+    assert found.find(Bounds(max_drop=2)) is not None
     plans = [tuple(sorted(trial.plan.items())) for trial in found.trials]
     assert len(plans) == len(set(plans)) > 5
     assert len(fitted) == sum(map(bool, plans))
@@ -435,9 +436,7 @@ def test_no_plan_is_built_twice(fitted: list[Any]) -> None:
 
 def test_the_curve_goes_from_the_model_as_it_is_to_the_fastest(fitted: list[Any]) -> None:
     found = timed()
-    best = found.find(Bounds(), curve=6)
-    assert best is not None
-    assert best.plan == {}
+    found.curve(6)
     speeds = sorted(trial.point.speedup for trial in found.trials)
     assert len(speeds) == 6
     assert speeds[0] == 1
@@ -471,7 +470,8 @@ def test_a_faster_one_of_the_curve_is_taken_where_it_is_allowed(
     assert bisected is not None
     assert 1 <= bisected.point.speedup <= 1.3
     found = timed()
-    best = found.find(Bounds(max_drop=1), curve=6)
+    found.curve(6)
+    best = found.find(Bounds(max_drop=1))
     assert best is not None
     assert best.point.speedup == pytest.approx(end, rel=0.01)
     assert best.point.speedup == max(trial.point.speedup for trial in found.trials)
@@ -484,14 +484,17 @@ def test_what_the_curve_holds_beyond_the_bounds_is_not_taken(
     losing(monkeypatch, lambda speed: 9.0 if speed > 1.3 else 0.5)
     for bounds in (Bounds(max_drop=1), Bounds(max_drop=1, confident=True)):
         found = timed()
-        best = found.find(bounds, curve=6)
+        found.curve(6)
+        best = found.find(bounds)
         assert best is not None
         assert best.point.speedup <= 1.3 < max(trial.point.speedup for trial in found.trials)
     params = analysis.size(MODEL).params // 2
-    small = timed().find(Bounds(max_params=params), curve=6)  # the whole one would lose less
+    found = timed()
+    found.curve(6)
+    small = found.find(Bounds(max_params=params))  # the whole one would lose less
     assert small is not None
     assert small.point.params <= params
-    assert timed().find(Bounds(speedup=50), curve=6) is None
+    assert found.find(Bounds(speedup=50)) is None
 
 
 def test_at_a_speed_a_better_one_of_the_curve_is_taken(
@@ -500,7 +503,9 @@ def test_at_a_speed_a_better_one_of_the_curve_is_taken(
     end = timed().fastest(Bounds())
     losing(monkeypatch, lambda speed: 0.5 if speed > 0.95 * end or speed < 1.4 else 9.0)
     for bounds in (Bounds(speedup=1.5), Bounds(speedup=1.5, max_drop=10)):
-        aimed, best = (timed().find(bounds, curve=count) for count in (0, 6))
+        found = timed()
+        found.curve(6)
+        aimed, best = timed().find(bounds), found.find(bounds)
         assert aimed is not None
         assert best is not None
         assert 1.5 <= aimed.point.speedup < 0.95 * end < best.point.speedup
@@ -509,7 +514,8 @@ def test_at_a_speed_a_better_one_of_the_curve_is_taken(
 
 def test_a_model_that_cannot_gain_has_a_curve_of_one_point(fitted: list[Any]) -> None:
     found = search(replace(TABLE, options={}), {})
-    assert found.find(Bounds(max_drop=1), curve=8) is found.trials[0]
+    found.curve(8)
+    assert found.find(Bounds(max_drop=1)) is found.trials[0]
     assert [trial.plan for trial in found.trials] == [{}]
 
 

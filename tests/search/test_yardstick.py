@@ -85,34 +85,48 @@ def test_samples_as_they_are_count_half_and_their_copies_the_other() -> None:
     assert judged([kept, kept, kept, lost], TWO).drop_points == pytest.approx(50 / 3 / 2)
     assert judged([lost, lost, kept, kept], TWO).drop_points == pytest.approx((50 + 50 / 3) / 2)
     same = [batch(sure(2, 2, 2, 2), labels)]
-    for groups, drop in (([same, lost, same, same], 1 / 12), ([lost, same, same, same], 1 / 4)):
-        assert judged(groups, TWO).agreement == pytest.approx(1 - drop, abs=1e-6)
+    for groups, drop in (([lost, lost, same, same], 1 / 4 + 1 / 12), ([lost, same, same], 1 / 4)):
+        assert judged(groups, TWO).agreement == pytest.approx(1 - drop)
 
 
-def tempered(*probabilities: float) -> Array:
-    """Return what softmax makes of half the logarithms: square roots, to sum 1 again."""
-    roots = np.sqrt(probabilities)
-    return np.asarray(roots / roots.sum())
-
-
-def test_a_changed_class_counts_by_how_sure_the_original_was() -> None:
+def test_without_labels_a_changed_class_counts_in_full() -> None:
     rows = np.log([[0.7, 0.2, 0.1], [0.45, 0.15, 0.4], [0.1, 0.1, 0.8]])
     found = judged([[batch(rows)]], TWO)
     assert found.drop_points is None
     assert found.measure == "agreement"
-    # 0 → 2 at 0.7 against 0.1; 0 → 2 at 0.45 against 0.4; unchanged
-    (a, _, c), (d, _, f) = tempered(0.7, 0.2, 0.1), tempered(0.45, 0.15, 0.4)
-    assert a - c == pytest.approx(0.325, abs=1e-3)
-    assert found.agreement == pytest.approx(1 - (a - c + d - f + 0) / 3, abs=1e-6)
-    assert found.loss == pytest.approx(100 * (a - c + d - f) / 3, abs=1e-4)
+    assert found.agreement == pytest.approx(1 / 3)
+    assert found.loss == pytest.approx(200 / 3)
+
+
+def test_copies_agree_where_they_keep_to_the_class_of_the_sample_as_it_is() -> None:
+    as_is, other = [batch(sure(0, 0, 2, 2))], [batch(sure(1, 1, 1, 2))]
+    # Of the copies the original itself keeps one of four: that one stays, the third is gained.
+    found = judged([as_is, other], TWO)
+    assert found.agreement == pytest.approx(1 - (0.5 - 0.25) / 2)
+    # Neither model says of the first two copies what the original says of the samples.
+    assert judged([as_is, [batch(sure(1, 1, 2, 2))]], TWO).agreement == pytest.approx(0.75)
+    assert judged([as_is, as_is], TWO).agreement == pytest.approx(0.5)
+    assert judged([as_is, other], ORIGINAL).agreement == 1
 
 
 def test_outputs_that_are_probabilities_are_taken_as_such() -> None:
     text = SCORES.replace("y = Add", "s = Add").replace("}", " y = Softmax<axis = 1>(s) }")
-    rows = np.log([[0.7, 0.2, 0.1], [0.45, 0.15, 0.4]])
-    found = judged([[batch(rows)]], scoring(0, 0, 40, text=text), scoring(0, 0, 0, text=text))
-    (a, _, c), (d, _, f) = tempered(0.7, 0.2, 0.1), tempered(0.45, 0.15, 0.4)
-    assert found.agreement == pytest.approx(1 - (a - c + d - f) / 2, abs=1e-6)
+    p = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
+    bias = np.log([2.0, 1, 1])
+    other, original = scoring(*bias, text=text), scoring(0, 0, 0, text=text)
+    found = judged([[batch(np.log(p))]], other, original)
+    q = p * [2, 1, 1] / (p * [2, 1, 1]).sum(axis=1, keepdims=True)
+    assert found.error == pytest.approx((p * np.log(p / q)).sum(axis=1).mean(), rel=1e-4)
+    assert found.agreement == 1
+
+
+def test_outputs_without_axes_are_judged_by_their_error() -> None:
+    text = "net (float[N,3] x) => (float y) <float[1,3] bias> {{ s = {0}(x, bias)  {1} }}"
+    mean = "y = ReduceMean<keepdims = 0>(s)"
+    one, two = (parse(text.format("Mul", mean), {"bias": np.full((1, 3), k)}) for k in (1, 2))
+    found = judged([[batch([[1, 2, 3]]), batch([[4, 5, 6]])]], two, one)
+    assert found.measure == "error"
+    assert found.error == pytest.approx((2**2 + 5**2) / ((2**2 + 5**2) - (2 + 5) ** 2 / 2))
 
 
 def test_error_is_the_divergence_over_samples_and_copies() -> None:
@@ -280,17 +294,21 @@ def test_milliseconds_are_those_of_the_original_once_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Though the machine is slower later on."""
-    measured = [(10.0, 10.0), (40.0, 20.0), (100.0, 25.0)]
+    measured = [(10.0,), (40.0, 20.0), (100.0, 25.0), (30.0, 33.0)]
 
     def interleave(sessions: Sequence[Any], *_: Any, **__: Any) -> runtime.Timing:
-        assert len(sessions) == 2
-        return runtime.Timing(np.array([measured.pop(0)] * 7))
+        row = measured.pop(0)
+        assert len(sessions) == len(row)
+        return runtime.Timing(np.array([row] * 7))
 
     monkeypatch.setattr(runtime, "interleave", interleave)
     found = Yardstick(ORIGINAL, [[batch(sure(0, 1, 2))]], {"x": sure(0)})
     first, second = (found.point(TWO, predicted, {}) for predicted in (0.6, None))
     assert (first.speedup, first.measured_ms, first.predicted_ms) == (2, 5, 6)
     assert (second.speedup, second.measured_ms, second.predicted_ms) == (4, 2.5, None)
+    own = found.original()
+    assert (own.speedup, own.speedup_ci95, own.measured_ms) == (1, (1, 1), 10)
+    assert (own.ranks, own.predicted_ms, own.loss, own.error) == ({}, None, 0, 0)
     assert not measured
 
 
