@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pwopt import analysis
-from pwopt.comparing import Accuracy, Comparison, Equivalence, class_scores
+from pwopt.comparing import Accuracy, Comparison, Equivalence, check_labels, class_scores
 from pwopt.data import Batch, Samples, Source, fixed_batch, open_data, random_data
 from pwopt.errors import DataError, ModelError, SpecError
 from pwopt.model import Model
@@ -202,12 +202,7 @@ def _check_labels(
             f"{source}: has labels, but no output of {model} is class scores [N, classes]; "
             "leave the labels out"
         )
-    classes = scores.shape[1]
-    if labels.min() < 0 or labels.max() >= classes:
-        raise DataError(
-            f"{source}: labels {labels.min()}..{labels.max()}, but the model's classes are "
-            f"0..{classes - 1}"
-        )
+    check_labels(labels, scores.shape[1], source)
 
 
 def _cost(pair: Pair, shapes: InputShapes) -> Cost | None:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pwopt.errors import DataError
+
 Array = npt.NDArray[Any]
 Outputs = Mapping[str, Array]
 Flags = npt.NDArray[np.bool_]
@@ -150,6 +152,19 @@ def class_scores(outputs: Outputs, samples: int) -> str | None:
         ):
             return name
     return None
+
+
+def check_labels(labels: npt.NDArray[np.int64], classes: int, source: str) -> None:
+    """Check that labels are among a model's classes.
+
+    Raises:
+        DataError: they are not.
+    """
+    if labels.min() < 0 or labels.max() >= classes:
+        raise DataError(
+            f"{source}: labels {labels.min()}..{labels.max()}, but the model's classes are "
+            f"0..{classes - 1}"
+        )
 
 
 def log_probabilities(scores: Array) -> npt.NDArray[np.float64]:

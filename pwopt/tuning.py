@@ -159,6 +159,8 @@ def _unreached(bounds: Bounds, search: Search) -> str:
         wanted.append(f"at most {bounds.max_params:,} parameters")
     text = f"no allocation found that is {' with '.join(wanted)}"
     if not search.trials:
+        if bounds.speedup is None:
+            return f"{text}; nothing so small is worth building"
         return f"{text}; nothing faster than {search.limit:.2f}× is worth building"
     fastest = max((trial.point for trial in search.trials), key=lambda point: point.speedup)
     unit = "points" if fastest.measure != "error" else "% error"

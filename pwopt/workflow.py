@@ -10,7 +10,8 @@ from onnx import ModelProto
 from pwopt.analysis import Size, size
 from pwopt.calibration import LIMIT
 from pwopt.candidates import Choice
-from pwopt.data import Source, open_data
+from pwopt.data import Samples, Source, open_data
+from pwopt.data.samples import batched
 from pwopt.errors import SpecError
 from pwopt.judging import Gate, SiteJudge
 from pwopt.model import Model
@@ -140,6 +141,7 @@ def rewrite(
     opened = None
     if data is not None:
         opened = open_data(data, original, preprocess=preprocess, shapes=shapes)
+        shapes = {**_open_shapes(opened, batch), **(shapes or {})}
     gate = gate or cost
     context = Context(
         shapes=shapes, samples=opened, most_samples=samples, seed=seed, progress=progress
@@ -196,3 +198,13 @@ def rewrite(
         result = result.copy()  # whose message tells of inputs that were edited, too
     before, after = size(original, shapes), size(result, shapes)
     return Rewritten(result, ",".join(texts), reports, before, after, front)
+
+
+def _open_shapes(samples: Samples, batch: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of inputs that the model leaves open but for the batch, as samples have."""
+    first, counted = next(iter(samples)).feeds, batched(samples.inputs)
+    return {
+        i.name: (batch if i.name in counted else first[i.name].shape[0], *first[i.name].shape[1:])
+        for i in samples.inputs
+        if not all(isinstance(size, int) for size in i.shape[1:])
+    }

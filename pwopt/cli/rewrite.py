@@ -42,7 +42,12 @@ class RankParam(click.ParamType):  # type: ignore[type-arg]  # generic since cli
         """Parse the text, or fail as wrong usage."""
         if value == "auto":
             return "auto"
-        rank: int = click.IntRange(min=1)(value, param, ctx)
+        try:
+            rank = int(str(value))
+        except ValueError:
+            rank = 0
+        if rank < 1:
+            self.fail(f"'{value}' is neither a rank from 1 nor auto", param, ctx)
         return rank
 
 
@@ -185,10 +190,16 @@ def command(
     target = output or model.with_name(f"{model.name.removesuffix('.onnx')}.pwopt.onnx")
     if target.resolve() == model.resolve():
         raise click.UsageError("-o is the model itself, which check will want to compare with.")
-    if pareto is not None and pareto.resolve() in (model.resolve(), target.resolve()):
-        raise click.UsageError("--pareto would overwrite a model; give it a file of its own.")
-    if pareto is not None and pareto.suffix.lower() == ".png":
-        raise click.UsageError("--pareto writes JSON, a .png beside it; name it CURVE.json.")
+    picture = pareto.with_suffix(".png") if pareto is not None else None
+    written = [path.resolve() for path in (target, pareto, picture) if path is not None]
+    read = [model.resolve(), *([Path(data).resolve()] if data is not None else [])]
+    if len({*written, *read}) < len(written) + len(read):
+        raise click.UsageError("Give -o and --pareto (with a .png beside it) files of their own.")
+    for path in written:
+        if not path.parent.is_dir():
+            raise click.UsageError(f"There is no folder {path.parent}; make it, or name another.")
+    if confident and max_drop is None and speedup is not None:
+        raise click.UsageError("--confident goes with --max-drop.")
 
     from pwopt.report import front as curve
     from pwopt.report import rewriting as report
@@ -232,8 +243,7 @@ def command(
         report.print_table(result)
     if pareto is not None and result.front is not None:
         curve.write(result.front, pareto)
-        picture = pareto.with_suffix(".png")
-        if find_spec("matplotlib"):
+        if picture is not None and find_spec("matplotlib"):
             curve.draw(result.front, picture)
             click.echo(f"Wrote {pareto} and {picture}", err=True)
         else:

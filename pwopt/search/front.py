@@ -26,6 +26,7 @@ class Point:
         agreement_ci95: Its 95 % interval.
         error: How far the outputs are off: KL divergence of the class probabilities, or the
             relative error of other outputs.
+        other_error: The part of it that is of outputs other than class scores.
         ranks: What each layer became, layers left alone not named: {"conv3": "both 64"}.
     """
 
@@ -40,6 +41,7 @@ class Point:
     agreement: float | None
     agreement_ci95: Interval | None
     error: float
+    other_error: float
     ranks: Mapping[str, str]
 
     @property
@@ -51,17 +53,20 @@ class Point:
 
     @property
     def loss(self) -> float:
-        """What is lost by that measure: points of top-1 or of agreement, or per cent of error."""
-        if self.drop_points is not None:
-            return self.drop_points
-        return 100 * (self.error if self.agreement is None else 1 - self.agreement)
+        """Points of top-1 or of agreement lost; per cent of error of other outputs, if more."""
+        return max(self._points(0), 100 * self.other_error)
 
     @property
     def worst_loss(self) -> float:
-        """The end of the 95 % interval of `loss` at which more is lost."""
-        if self.drop_ci95 is not None:
-            return self.drop_ci95[1]
-        return 100 * (self.error if self.agreement_ci95 is None else 1 - self.agreement_ci95[0])
+        """The same at that end of the 95 % interval at which more is lost."""
+        return max(self._points(1), 100 * self.other_error)
+
+    def _points(self, worst: int) -> float:
+        if self.drop_points is not None and self.drop_ci95 is not None:
+            return (self.drop_points, self.drop_ci95[1])[worst]
+        if self.agreement is not None and self.agreement_ci95 is not None:
+            return 100 * (1 - (self.agreement, self.agreement_ci95[0])[worst])
+        return 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

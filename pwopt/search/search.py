@@ -176,7 +176,7 @@ class Search:
         """Return what a plan is foretold to take, as a share of the model's time."""
         run, layers = self._latencies.run_ms, self._latencies.layers
         saved = sum(layers[w] - self._latencies.options[w][option] for w, option in plan.items())
-        return (run - saved) / run
+        return (run - saved) / run if run else 1.0
 
     def ways(self, layer: Linear) -> list[Way]:
         """List the ways to have a layer: as it is, or split at an option that pays."""

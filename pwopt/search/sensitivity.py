@@ -224,9 +224,14 @@ class Harm:
     @property
     def value(self) -> float:
         """The sum over outputs; infinite where it is not a number."""
-        harm = max(self._divergence, 0.0) / max(self._samples, 1)
-        harm += sum(error.value for error in self._errors.values())
+        harm = max(self._divergence, 0.0) / max(self._samples, 1) + self.error
         return harm if isfinite(harm) else inf
+
+    @property
+    def error(self) -> float:
+        """The part of it that is of outputs other than the class scores."""
+        error = sum(error.value for error in self._errors.values())
+        return error if isfinite(error) else inf
 
 
 def _divergence(teacher: Array, student: Array) -> Wide:

@@ -8,8 +8,9 @@ import numpy.typing as npt
 
 from pwopt import analysis, runtime
 from pwopt.calibration.samples import fed_rows, real
-from pwopt.comparing import class_scores
+from pwopt.comparing import check_labels, class_scores
 from pwopt.data import Batch
+from pwopt.errors import DataError
 from pwopt.linear import Linear
 from pwopt.model import Model
 from pwopt.runtime import Array, Feeds, Speedup
@@ -19,7 +20,8 @@ from pwopt.search.latency import Plan
 from pwopt.search.sensitivity import Harm
 from pwopt.shapes import InputShapes, inputs
 
-RESAMPLES = 2_000
+FEWEST = 8
+"""Of fewer samples, all may be of one class, or all be taken for another."""
 
 SECONDS = 3.0
 """How long a model and the original are timed in turn."""
@@ -60,6 +62,7 @@ class Yardstick:
             seed: Of the bootstrap.
 
         Raises:
+            DataError: labels that are none of the model's classes, or samples that tell nothing.
             ModelError: onnxruntime cannot run the model.
         """
         self._original = original
@@ -77,6 +80,28 @@ class Yardstick:
         self._own_labels = None if self._scores is None else self._classes(first)
         given = [batch.labels for batch in groups[0] if batch.labels is not None]
         self._labels = np.concatenate(given) if len(given) == len(groups[0]) else None
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        """Refuse samples by which nothing can be judged, or whose labels are of something else."""
+        if self._scores is None or self._own_labels is None:
+            return
+        name, own = self._original.name, self._own_labels
+        if len(own) >= FEWEST and (own == own[0]).all():
+            raise DataError(
+                f"{name} sees class {own[0]} in all of {len(own)} samples, so that they tell "
+                "nothing; look at --preprocess, or give samples of several classes"
+            )
+        if self._labels is None:
+            return
+        classes = self._expected[0][self._scores].shape[1]
+        check_labels(self._labels, classes, "the samples")
+        right = float((own == self._labels).mean())
+        if len(own) >= FEWEST and right < 2 / classes:
+            raise DataError(
+                f"{name} gets {right:.0%} of {len(own)} samples right, as by chance; look at the "
+                "labels and at --preprocess, or leave the labels out"
+            )
 
     @property
     def samples(self) -> int:
@@ -138,10 +163,11 @@ class Yardstick:
             macs=size.macs,
             params=size.params,
             drop_points=None if drop is None else 100 * float(drop.mean()),
-            drop_ci95=None if drop is None else self._interval(100 * drop),
+            drop_ci95=None if drop is None else _percent(_interval(drop)),
             agreement=None if changed is None else 1 - float(changed.mean()),
-            agreement_ci95=None if changed is None else self._interval(1 - changed),
+            agreement_ci95=None if changed is None else _kept(_interval(changed)),
             error=harm.value,
+            other_error=harm.error,
             ranks=ranks,
         )
 
@@ -176,11 +202,24 @@ class Yardstick:
         together: Array = (as_is + np.mean(copies, axis=0)) / 2 if copies else as_is
         return together
 
-    def _interval(self, values: Array) -> Interval:
-        """Return the mean's 95 % interval: bootstrap over samples (Efron & Tibshirani 1993)."""
-        rng = np.random.default_rng(self._seed)
-        means = [
-            values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)
-        ]
-        low, high = np.percentile(means, [2.5, 97.5])
-        return float(low), float(high)
+
+def _interval(values: Array) -> Interval:
+    """Return the 95 % interval of the mean of paired differences, each from −1 to 1.
+
+    As if there were two samples more, of which half a one is lost and half a one is gained, so that
+    no loss among few samples is not taken for no loss at all (Agresti and Min 2005, "Simple
+    improved confidence intervals for comparing matched proportions").
+    """
+    count = len(values) + 2
+    mean = values.sum() / count
+    variance = ((values**2).sum() + 1) / count - mean**2
+    width = 1.96 * np.sqrt(variance / count)
+    return float(mean - width), float(mean + width)
+
+
+def _percent(interval: Interval) -> Interval:
+    return 100 * interval[0], 100 * interval[1]
+
+
+def _kept(lost: Interval) -> Interval:
+    return max(1 - lost[1], 0.0), min(1 - lost[0], 1.0)
