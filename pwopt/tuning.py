@@ -135,6 +135,7 @@ def tune(
         threads=threads,
         batch=batch,
         samples=yardstick.samples,
+        caution=yardstick.caution,
     )
     events = tuple(_event(where, layer, best, table, search) for where, layer in seen.items())
     return Tuned(search.model(best), events, front)

@@ -203,8 +203,10 @@ def rewrite(
 def _open_shapes(samples: Samples, batch: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of inputs that the model leaves open but for the batch, as samples have."""
     first, counted = next(iter(samples)).feeds, batched(samples.inputs)
-    return {
-        i.name: (batch if i.name in counted else first[i.name].shape[0], *first[i.name].shape[1:])
-        for i in samples.inputs
-        if not all(isinstance(size, int) for size in i.shape[1:])
-    }
+    shapes = {}
+    for i in samples.inputs:
+        rows, *rest = first[i.name].shape or (1,)
+        if not all(isinstance(size, int) for size in i.shape[1:]):
+            is_open = i.name in counted and not isinstance(i.shape[0], int)
+            shapes[i.name] = (batch if is_open else rows, *rest)
+    return shapes

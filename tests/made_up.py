@@ -12,7 +12,7 @@ from pwopt.cost import Split
 from pwopt.linear import Linear, linear
 from pwopt.model import Model
 from pwopt.runtime import Timing
-from pwopt.search import latency, yardstick
+from pwopt.search import latency
 from pwopt.search.latency import Latencies
 from pwopt.search.yardstick import Yardstick
 from pwopt.shapes import bind, infer
@@ -105,7 +105,6 @@ def time_by_macs(monkeypatch: pytest.MonkeyPatch) -> None:
             if (option := plan.get(layer.where))
         }
 
-    monkeypatch.setattr(yardstick, "RESAMPLES", 200)
     monkeypatch.setattr(latency, "measure", macs_as_ms)
     monkeypatch.setattr(Yardstick, "_timed", timed)
     monkeypatch.setattr(Yardstick, "in_place", in_place)

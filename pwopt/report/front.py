@@ -117,6 +117,7 @@ def table(front: Front) -> Group:
         Text(f"{front.model}: speed against accuracy", style="bold"),
         grid,
         Text(f"{_conditions(front)}; [95 % intervals]{note}"),
+        *([Text(f"Caution: {front.caution}", style="bold")] if front.caution else []),
     )
 
 
@@ -149,7 +150,7 @@ def _accuracy(point: Point) -> tuple[float, Interval | None]:
 
 def _estimate(value: float, interval: Interval | None, form: str, unit: str) -> str:
     text = number(value, form) + unit
-    if interval is None or interval[0] == interval[1]:
+    if interval is None:
         return text
     low, high = (number(end, form) for end in interval)
     return f"{text} [{low}, {high}]"

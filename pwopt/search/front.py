@@ -81,6 +81,7 @@ class Front:
         threads: Threads of the latencies.
         batch: Batch of the latencies.
         samples: How many samples the accuracy was judged on.
+        caution: What makes them unfit for that, if anything.
 
     Raises:
         ValueError: the points are not all judged by one measure.
@@ -93,6 +94,7 @@ class Front:
     threads: int
     batch: int
     samples: int
+    caution: str | None = None
 
     def __post_init__(self) -> None:
         if len({point.measure for point in (self.original, *self.points)}) > 1:

@@ -10,7 +10,6 @@ from pwopt import analysis, runtime
 from pwopt.calibration.samples import fed_rows, real
 from pwopt.comparing import check_labels, class_scores
 from pwopt.data import Batch
-from pwopt.errors import DataError
 from pwopt.linear import Linear
 from pwopt.model import Model
 from pwopt.runtime import Array, Feeds, Speedup
@@ -62,7 +61,7 @@ class Yardstick:
             seed: Of the bootstrap.
 
         Raises:
-            DataError: labels that are none of the model's classes, or samples that tell nothing.
+            DataError: labels that are none of the model's classes.
             ModelError: onnxruntime cannot run the model.
         """
         self._original = original
@@ -80,28 +79,22 @@ class Yardstick:
         self._own_labels = None if self._scores is None else self._classes(first)
         given = [batch.labels for batch in groups[0] if batch.labels is not None]
         self._labels = np.concatenate(given) if len(given) == len(groups[0]) else None
-        self._check_classes()
+        if self._labels is not None and self._scores is not None:
+            check_labels(self._labels, first[self._scores].shape[1], "the samples")
 
-    def _check_classes(self) -> None:
-        """Refuse samples by which nothing can be judged, or whose labels are of something else."""
-        if self._scores is None or self._own_labels is None:
-            return
-        name, own = self._original.name, self._own_labels
-        if len(own) >= FEWEST and (own == own[0]).all():
-            raise DataError(
-                f"{name} sees class {own[0]} in all of {len(own)} samples, so that they tell "
-                "nothing; look at --preprocess, or give samples of several classes"
-            )
-        if self._labels is None:
-            return
+    @property
+    def caution(self) -> str | None:
+        """What makes the samples unfit to judge by, if anything; none is said of a few."""
+        own = self._own_labels
+        if own is None or self._scores is None or len(own) < FEWEST:
+            return None
+        if (own == own[0]).all():
+            return f"the original takes all samples for class {own[0]}: look at --preprocess"
         classes = self._expected[0][self._scores].shape[1]
-        check_labels(self._labels, classes, "the samples")
-        right = float((own == self._labels).mean())
-        if len(own) >= FEWEST and right < 2 / classes:
-            raise DataError(
-                f"{name} gets {right:.0%} of {len(own)} samples right, as by chance; look at the "
-                "labels and at --preprocess, or leave the labels out"
-            )
+        right = 1.0 if self._labels is None else float((own == self._labels).mean())
+        if right < 0.1 + 0.9 / classes:  # hardly better than chance
+            return f"the original gets only {right:.0%} right: look at labels and --preprocess"
+        return None
 
     @property
     def samples(self) -> int:

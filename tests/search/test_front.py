@@ -30,6 +30,7 @@ def point(speedup: float, drop: float | None, **fields: object) -> Point:
         "agreement": 0.97,
         "agreement_ci95": (0.96, 0.98),
         "error": 0.01 * speedup,
+        "other_error": 0.0,
         "ranks": {"conv3": "both 64"},
     }
     return Point(**{**values, **fields})  # type: ignore[arg-type]
@@ -68,7 +69,8 @@ def without(example: Front, *names: str) -> Front:
 
 
 AGREEMENT = without(EXAMPLE, "drop_points", "drop_ci95", "macs", "predicted_ms")
-ERROR = without(AGREEMENT, "agreement", "agreement_ci95")
+_ERROR = without(AGREEMENT, "agreement", "agreement_ci95")
+ERROR = replace(_ERROR, points=tuple(replace(p, other_error=p.error) for p in _ERROR.points))
 
 
 def test_pareto() -> None:
@@ -89,7 +91,7 @@ def test_pareto_holds_exactly_what_nothing_beats(pairs: list[tuple[int, int]]) -
 
 def test_loss_is_by_the_first_measure_that_is_known() -> None:
     labelled, unlabelled = point(2, 0.4), point(2, None)
-    other = point(2, None, agreement=None)
+    other = point(2, None, agreement=None, agreement_ci95=None, other_error=0.02)
     assert (labelled.measure, labelled.loss) == ("top-1", 0.4)
     assert (unlabelled.measure, unlabelled.loss) == ("agreement", pytest.approx(3))
     assert (other.measure, other.loss) == ("error", pytest.approx(2))
@@ -100,6 +102,14 @@ def test_loss_is_by_the_first_measure_that_is_known() -> None:
 @pytest.mark.parametrize("example", [EXAMPLE, AGREEMENT, ERROR, front(chosen=None)])
 def test_json_both_ways(example: Front) -> None:
     assert from_json(to_json(example)) == example
+
+
+def test_other_outputs_count_where_they_are_further_off() -> None:
+    for drop, lost, worst in ((0.4, 0.4, 0.8), (None, 3, 4)):
+        both = point(2, drop, other_error=0.05)
+        assert (both.loss, both.worst_loss) == (pytest.approx(5), pytest.approx(5))
+        both = point(2, drop, other_error=0.001)
+        assert (both.loss, both.worst_loss) == (pytest.approx(lost), pytest.approx(worst))
 
 
 def test_json_names_the_front() -> None:

@@ -63,7 +63,7 @@ def point(**fields: Any) -> Point:
         ("predicted_ms", "macs", "drop_points", "drop_ci95", "agreement", "agreement_ci95")
     )
     known = {"speedup": 1.0, "speedup_ci95": (1, 1), "measured_ms": 1.0, "params": 1}
-    return Point(**{**unknown, **known, "error": 0.0, "ranks": {}, **fields})
+    return Point(**{**unknown, **known, "error": 0.0, "other_error": 0.0, "ranks": {}, **fields})
 
 
 class FakeYardstick:
@@ -163,7 +163,7 @@ def model_of(found: Search, trial: Trial | None) -> onnx.ModelProto:
 
 LABELLED = point(drop_points=0.8, drop_ci95=(0.1, 1.5), agreement=0.5, agreement_ci95=(0.4, 0.6))
 AGREEING = point(agreement=0.992, agreement_ci95=(0.985, 0.995), error=7.0)
-OFF = point(error=0.008)
+OFF = point(error=0.008, other_error=0.008)
 
 
 @pytest.mark.parametrize("judged", [LABELLED, AGREEING, OFF])

@@ -10,7 +10,7 @@ from made_up import layers_of
 
 from pwopt import analysis, comparing, runtime
 from pwopt.data import Batch
-from pwopt.errors import ModelError
+from pwopt.errors import DataError, ModelError
 from pwopt.model import Model
 from pwopt.search import latency, yardstick
 from pwopt.search.front import Point
@@ -57,9 +57,8 @@ TWO = scoring(0, 0, 40)
 
 def test_the_original_itself_loses_nothing() -> None:
     found = judged([[batch(sure(0, 1, 2), [0, 1, 1])]], scoring(0, 0, 0))
-    assert (found.drop_points, found.drop_ci95) == (0, (0, 0))
-    assert (found.agreement, found.agreement_ci95) == (1, (1, 1))
-    assert found.error == 0
+    assert (found.drop_points, found.agreement) == (0, 1)
+    assert (found.error, found.other_error) == (0, 0)
     assert found.speedup_ci95[0] <= found.speedup_ci95[1]
     assert (found.macs, found.params) == (0, analysis.size(ORIGINAL).params)
     assert found.predicted_ms is None
@@ -180,16 +179,68 @@ def test_copies_are_no_new_evidence() -> None:
     assert [y.samples for y in yardsticks] == [60, 60]
 
 
-def test_the_bootstrap_goes_by_the_seed() -> None:
-    rng = np.random.default_rng(1)
-    classes = rng.integers(3, size=60)
-    group = [batch(sure(*classes), list(classes))]
-    feeds = {"x": sure(0)}
+def test_the_interval_knows_that_few_samples_say_little() -> None:
+    """As of two samples more, of which one half is lost and one half is gained."""
+    for count in (3, 30, 300):
+        classes = [0, 1, 2] * (count // 3)
+        same = judged([[batch(sure(*classes), classes)]], ORIGINAL)
+        width = 1.96 / (count + 2)
+        assert same.drop_ci95 == pytest.approx((-100 * width, 100 * width))
+        assert same.agreement_ci95 == (pytest.approx(1 - width), 1)
+    lost = judged([[batch(sure(0, 1, 0, 2), [0, 1, 0, 2])]], TWO)
+    mean, squares = 3 / 6, 4 / 6  # three of four, and the two halves
+    width = 1.96 * ((squares - mean**2) / 6) ** 0.5
+    assert lost.drop_ci95 == pytest.approx((100 * (mean - width), 100 * (mean + width)))
+    assert lost.agreement_ci95 == (0, 1)  # no share is beyond
+
+
+def test_the_bootstrap_of_the_speed_goes_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = np.random.default_rng(0).uniform(1, 2, (20, 2))
+    monkeypatch.setattr(
+        runtime, "interleave", lambda sessions, *_, **__: runtime.Timing(times[:, : len(sessions)])
+    )
     found = [
-        Yardstick(ORIGINAL, [group], feeds, seed=seed).point(TWO, None, {}).agreement_ci95
+        Yardstick(ORIGINAL, [[batch(sure(0, 1))]], {"x": sure(0)}, seed=seed).speed(TWO).ci95
         for seed in (0, 0, 1)
     ]
     assert found[0] == found[1] != found[2]
+
+
+SAME = [0] * 8
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "said"),
+    [
+        (SAME, None, "takes all samples for class 0"),
+        (SAME, [0, 1] * 4, "takes all samples for class 0"),
+        ([0, 1] * 4, [0, 1, 0, 2, 2, 2, 2, 2], "gets only 38% right"),
+        ([0, 1] * 4, [0, 1, 0, 1, 0, 2, 2, 2], None),
+        ([0, 1] * 4, None, None),
+    ],
+)
+def test_caution(classes: list[int], labels: list[int] | None, said: str | None) -> None:
+    found = Yardstick(ORIGINAL, [[batch(sure(*classes), labels)]], {"x": sure(0)}).caution
+    assert found is None if said is None else said in str(found)
+    few = [batch(sure(*classes[:7]), labels and labels[:7])]
+    assert Yardstick(ORIGINAL, [few], {"x": sure(0)}).caution is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([0, 1] * 3 + [0, 3], r"the samples: labels 0\.\.3, but .* classes are 0\.\.2"),
+        ([0, -1] * 4, r"labels -1\.\.0"),
+    ],
+)
+def test_labels_of_other_classes(labels: list[int], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        Yardstick(ORIGINAL, [[batch(sure(*[0, 1] * 4), labels)]], {"x": sure(0)})
+
+
+def test_samples_of_which_some_are_right_tell_something() -> None:
+    right = [batch(sure(*[0, 1] * 4), [0, 1, 0, 1, 0, 1, 2, 2])]  # three quarters
+    assert Yardstick(ORIGINAL, [right], {"x": sure(0)}).samples == 8
 
 
 def test_rows_that_only_fill_up_a_batch_do_not_count() -> None:
@@ -230,6 +281,7 @@ def test_outputs_that_are_no_classes_are_judged_by_their_error() -> None:
     assert (found.drop_points, found.agreement, found.agreement_ci95) == (None, None, None)
     centred = rows - rows.mean(axis=(0, 2, 3), keepdims=True)
     assert found.error == pytest.approx(0.25 * (rows**2).sum() / (centred**2).sum(), rel=1e-4)
+    assert found.other_error == found.error
     assert found.loss == found.worst_loss == 100 * found.error
     assert judged([group], original, original).error == 0
 
@@ -260,6 +312,9 @@ def test_several_outputs() -> None:
     assert scores.agreement < 1
     assert both.agreement == scores.agreement
     assert both.error == pytest.approx(maps.error + scores.error)
+    assert both.other_error == pytest.approx(maps.error)
+    assert (maps.other_error, scores.other_error) == (maps.error, 0)
+    assert maps.loss == 100 * maps.error
     assert min(maps.error, scores.error) > 0.01
 
 
