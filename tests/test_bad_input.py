@@ -202,22 +202,38 @@ SHAPES = [
     case("rewrite flat.onnx --bottleneck 8 -o kept", 1, "flat.onnx", "--shape"),
 ]
 
-OUTPUTS = [
-    case(f"{command} -o '{output}'", 1, output, *says)
-    for command in (
-        "analyze good.onnx",
-        "rewrite good.onnx --bottleneck 8",
-        "rewrite good.onnx --bottleneck 8 --json",
-        "rewrite external.onnx --bottleneck 8",
-    )
-    for output, says in {
-        "text.onnx/out.onnx": ("cannot be written",),
-        "folder": ("is a folder",),
-        "no/folder/out.onnx": ("cannot be written",),
-        "/proc/out.onnx": ("cannot be written",),
-        f"{'long' * 80}.onnx": ("",),
-    }.items()
-]
+OUTPUTS = (
+    [
+        case(f"{command} -o '{output}'", 1, output, *says)
+        for command in ("analyze good.onnx",)
+        for output, says in {
+            "text.onnx/out.onnx": ("cannot be written",),
+            "no/folder/out.onnx": ("cannot be written",),
+        }.items()
+    ]
+    + [
+        case(
+            f"rewrite {model} --bottleneck 8 {option} {parent}/out", 2, "There is no folder", parent
+        )
+        for model in ("good.onnx", "external.onnx", "missing.onnx")
+        for option in ("-o", "--json -o")
+        for parent in ("text.onnx", "no/folder")
+    ]
+    + [
+        case(f"{command} -o '{output}'", 1, output, *says)
+        for command in (
+            "analyze good.onnx",
+            "rewrite good.onnx --bottleneck 8",
+            "rewrite good.onnx --bottleneck 8 --json",
+            "rewrite external.onnx --bottleneck 8",
+        )
+        for output, says in {
+            "folder": ("is a folder",),
+            "/proc/out.onnx": ("cannot be written",),
+            f"{'long' * 80}.onnx": ("",),
+        }.items()
+    ]
+)
 
 DATA = [
     case(f"check good.onnx good.onnx --data {source}", code, source.partition(" ")[0], *says)

@@ -195,8 +195,8 @@ def command(
     read = [model.resolve(), *([Path(data).resolve()] if data is not None else [])]
     if len({*written, *read}) < len(written) + len(read):
         raise click.UsageError("Give -o and --pareto (with a .png beside it) files of their own.")
-    for path in written:
-        if not path.parent.is_dir():
+    for path in (output, pareto):
+        if path is not None and not path.parent.is_dir():
             raise click.UsageError(f"There is no folder {path.parent}; make it, or name another.")
     if confident and max_drop is None and speedup is not None:
         raise click.UsageError("--confident goes with --max-drop.")

@@ -510,6 +510,14 @@ def test_at_a_speed_a_better_one_of_the_curve_is_taken(
         assert best is not None
         assert 1.5 <= aimed.point.speedup < 0.95 * end < best.point.speedup
         assert (aimed.point.loss, best.point.loss) == (9.0, 0.5)
+    # Nor is a faster one that loses more, though that is allowed.
+    losing(monkeypatch, lambda speed: 9.0 if speed > 0.95 * end else 0.5)
+    found = timed()
+    found.curve(6)
+    best = found.find(Bounds(speedup=1.5, max_drop=10))
+    assert best is not None
+    assert best.point.speedup < max(trial.point.speedup for trial in found.trials)
+    assert best.point.loss == 0.5
 
 
 def test_a_model_that_cannot_gain_has_a_curve_of_one_point(fitted: list[Any]) -> None:
@@ -531,6 +539,8 @@ def test_by_macs_nothing_is_timed_before_the_model_is_there(fitted: list[Any]) -
     assert not found.put_back
 
     # Of the allowed the one of fewest MACs, although this machine runs it more slowly than none.
+    found.curve(4)
+    assert {} in [trial.plan for trial in found.trials]
     best = found.find(Bounds(max_drop=3))
     assert best is not None
     assert best.plan
