@@ -150,7 +150,7 @@ def _accuracy(point: Point) -> tuple[float, Interval | None]:
 
 def _estimate(value: float, interval: Interval | None, form: str, unit: str) -> str:
     text = number(value, form) + unit
-    if interval is None:
+    if interval is None or interval[0] == interval[1]:
         return text
     low, high = (number(end, form) for end in interval)
     return f"{text} [{low}, {high}]"
