@@ -157,7 +157,7 @@ class Yardstick:
             params=size.params,
             drop_points=None if drop is None else 100 * float(drop.mean()),
             drop_ci95=None if drop is None else _percent(_interval(drop)),
-            agreement=None if changed is None else 1 - float(changed.mean()),
+            agreement=None if changed is None else min(1 - float(changed.mean()), 1.0),
             agreement_ci95=None if changed is None else _kept(_interval(changed)),
             error=harm.value,
             other_error=harm.error,
