@@ -84,7 +84,7 @@ class Prepared:
 
 def to_fit(chosen: Calibration, seed: int = 0) -> list[Batch]:
     """Return what splits are fitted to: images as they are, and one shifted copy of each."""
-    return [*chosen.fit, *shifted(chosen.fit, 1, seed=seed, reach=FAR)]
+    return [*chosen.fit, *shifted(chosen.fit, seed=seed, reach=FAR)]
 
 
 def prepare(
@@ -100,11 +100,11 @@ def prepare(
     held_out = chosen.held_out
     reach = unsure_reach(model, held_out, threads=threads)
     copies = [
-        shifted(held_out, 1, seed=seed + 2 + number, reach=reach) for number in range(JUDGED_COPIES)
+        shifted(held_out, seed=seed + 2 + number, reach=reach) for number in range(JUDGED_COPIES)
     ]
     return Prepared(
         fit=to_fit(chosen, seed),
-        tried=shifted(held_out, 1, seed=seed + 1, reach=FAR) or held_out,
+        tried=shifted(held_out, seed=seed + 1, reach=FAR) or held_out,
         judged=[held_out, *filter(None, copies)],
     )
 
@@ -123,7 +123,7 @@ def unsure_reach(
     session, declared = runtime.session(model, threads=threads), inputs(model)
     for reach in NEAR:
         confidences = []
-        for batch in shifted(batches, 1, seed=seed, reach=reach):
+        for batch in shifted(batches, seed=seed, reach=reach):
             outputs = runtime.run(session, batch.feeds, name=model.name)
             scores = class_scores(outputs, fed_rows(declared, batch))
             if scores is None:
@@ -134,25 +134,24 @@ def unsure_reach(
     return NEAR[-1]
 
 
-def shifted(batches: Sequence[Batch], copies: int, *, seed: int, reach: float) -> list[Batch]:
+def shifted(batches: Sequence[Batch], *, seed: int, reach: float) -> list[Batch]:
     """Copy batches with the image of each sample shifted, and about every other one mirrored.
 
     All that is no image is what it was, and so are labels and the rows that only fill up a batch.
-    Several images of one sample are moved alike. Each copy takes the memory of the batches' images
+    Several images of one sample are moved alike. The copy takes the memory of the batches' images
     once more: 154 MB for 256 images of 224×224 pixels.
 
     Args:
         batches: Batches as they are fed, so that zeros are black or the mean colour.
-        copies: How many copies of each batch.
         seed: Of the shifts; the same seed gives the same copies.
         reach: Up to what part of height and width images are shifted, to all sides.
 
     Returns:
-        The copies alone: of all batches one by one, then once more. None of batches without images.
+        The copies alone, batch by batch; none of batches without images.
     """
     rng = np.random.default_rng(seed)
     with_images = [(batch, layouts) for batch in batches if (layouts := _layouts(batch))]
-    return [_shifted(*item, rng, reach) for _ in range(copies) for item in with_images]
+    return [_shifted(*item, rng, reach) for item in with_images]
 
 
 def _layouts(batch: Batch) -> dict[str, Layout]:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from pwopt.errors import PwoptError, printable
 from pwopt.files import atomic_write
-from pwopt.report.style import bare_table, json_text, milliseconds, number, scaled, show
+from pwopt.report.style import bare_table, json_text, milliseconds, number, scaled
 from pwopt.search.front import Front, Interval, Measure, Point, pareto
 
 if TYPE_CHECKING:
@@ -85,11 +85,6 @@ def from_json(text: str, *, name: str = "<front>") -> Front:
 def _point(fields: dict[str, Any]) -> Point:
     pairs = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
     return Point(**{**fields, **pairs})
-
-
-def print_table(front: Front) -> None:
-    """Print the original and the points that no other beats, a line for each."""
-    show(table(front))
 
 
 def table(front: Front) -> Group:

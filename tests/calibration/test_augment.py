@@ -89,7 +89,7 @@ def movement(before: np.ndarray, after: np.ndarray) -> tuple[int, int, bool]:
 
 def test_each_image_is_moved_on_its_own() -> None:
     source = batch(400)
-    (copy,) = shifted([source], 1, seed=0, reach=REACH)
+    (copy,) = shifted([source], seed=0, reach=REACH)
     moves = [movement(*pair) for pair in zip(source.feeds["x"], copy.feeds["x"], strict=True)]
     down, right, mirrored = map(np.array, zip(*moves, strict=True))
     np.testing.assert_array_equal(np.unique(down), np.arange(-2, 3))  # an eighth of 16
@@ -102,10 +102,10 @@ def test_each_image_is_moved_on_its_own() -> None:
 
 def test_reach() -> None:
     source = batch(100)
-    (copy,) = shifted([source], 1, seed=0, reach=0)
+    (copy,) = shifted([source], seed=0, reach=0)
     for pair in zip(source.feeds["x"], copy.feeds["x"], strict=True):
         assert movement(*pair)[:2] == (0, 0)
-    (copy,) = shifted([source], 1, seed=0, reach=0.5)
+    (copy,) = shifted([source], seed=0, reach=0.5)
     moves = [movement(*pair) for pair in zip(source.feeds["x"], copy.feeds["x"], strict=True)]
     assert {abs(down) for down, *_ in moves} == set(range(9))
 
@@ -113,14 +113,14 @@ def test_reach() -> None:
 def test_channels_last_and_first_are_moved_alike() -> None:
     first = batch(8)
     last = Batch({"x": np.ascontiguousarray(images(8).transpose(0, 2, 3, 1))}, None, 8)
-    (a,), (b,) = (shifted([source], 1, seed=3, reach=REACH) for source in (first, last))
+    (a,), (b,) = (shifted([source], seed=3, reach=REACH) for source in (first, last))
     assert b.feeds["x"].flags.c_contiguous
     np.testing.assert_array_equal(a.feeds["x"], b.feeds["x"].transpose(0, 3, 1, 2))
 
 
 def test_several_images_of_a_sample_are_moved_alike() -> None:
     x = images(20)
-    (copy,) = shifted([Batch({"left": x, "right": -x}, None, 20)], 1, seed=0, reach=REACH)
+    (copy,) = shifted([Batch({"left": x, "right": -x}, None, 20)], seed=0, reach=REACH)
     np.testing.assert_array_equal(copy.feeds["left"], -copy.feeds["right"])
 
 
@@ -128,7 +128,7 @@ def test_all_else_is_kept() -> None:
     table, style = np.ones((4, 7), np.float32), images(1)
     feeds = {"x": images(4).astype(np.float16), "table": table, "style": style}
     source = Batch(feeds, np.array([5, 6, 7]), 3)  # the last row only fills it up
-    (copy,) = shifted([source], 1, seed=0, reach=REACH)
+    (copy,) = shifted([source], seed=0, reach=REACH)
     assert copy.samples == 3
     assert copy.labels is source.labels
     assert copy.feeds["table"] is table
@@ -141,21 +141,19 @@ def test_all_else_is_kept() -> None:
 
 def test_copies_differ_and_are_the_same_every_time() -> None:
     source = [batch(5), batch(3)]
-    copies = shifted(source, 2, seed=1, reach=REACH)
-    assert [copy.samples for copy in copies] == [5, 3, 5, 3]
-    assert not np.array_equal(copies[0].feeds["x"], copies[2].feeds["x"])
-    for one, other in zip(copies, shifted(source, 2, seed=1, reach=REACH), strict=True):
+    copies = shifted(source, seed=1, reach=REACH)
+    assert [copy.samples for copy in copies] == [5, 3]
+    for one, other in zip(copies, shifted(source, seed=1, reach=REACH), strict=True):
         np.testing.assert_array_equal(one.feeds["x"], other.feeds["x"])
     assert not np.array_equal(
-        copies[0].feeds["x"], shifted(source, 2, seed=2, reach=REACH)[0].feeds["x"]
+        copies[0].feeds["x"], shifted(source, seed=2, reach=REACH)[0].feeds["x"]
     )
 
 
 def test_no_copies_without_images() -> None:
     table = Batch({"x": np.ones((4, 7), np.float32)}, None, 4)
-    assert shifted([table], 3, seed=0, reach=REACH) == []
-    assert shifted([batch(2)], 0, seed=0, reach=REACH) == []
-    assert len(shifted([table, batch(2)], 3, seed=0, reach=REACH)) == 3
+    assert shifted([table], seed=0, reach=REACH) == []
+    assert len(shifted([table, batch(2)], seed=0, reach=REACH)) == 1
 
 
 # -- how far, and which -----------------------------------------------------------------------
@@ -314,4 +312,4 @@ def test_a_network_errs_on_copies_of_what_it_was_trained_on() -> None:
         return float(np.mean(right))
 
     assert accuracy(batches) == 1.0
-    assert 0.88 < accuracy(shifted(batches, 1, seed=0, reach=REACH)) < 0.96  # 0.92 of unseen images
+    assert 0.88 < accuracy(shifted(batches, seed=0, reach=REACH)) < 0.96  # 0.92 of unseen images
