@@ -2,14 +2,13 @@
 
 from pwopt.calibration.samples import LIMIT, Calibration, calibration_samples
 from pwopt.calibration.statistics import Statistics, gather
-from pwopt.calibration.walk import Stop, Tail, Walk
+from pwopt.calibration.walk import Stop, Walk
 
 __all__ = [
     "LIMIT",
     "Calibration",
     "Statistics",
     "Stop",
-    "Tail",
     "Walk",
     "calibration_samples",
     "gather",

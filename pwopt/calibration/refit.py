@@ -11,20 +11,19 @@ the Relu counts; where the layer's output is added to a shortcut, the sum is wha
 mended as well.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from math import ceil, prod
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import GraphProto, ModelProto
 
-from pwopt import runtime
+from pwopt.calibration.alone import Run, runner
 from pwopt.calibration.samples import spread
 from pwopt.calibration.walk import Stop, Walk
 from pwopt.cost import Split
 from pwopt.data import Batch
-from pwopt.graph import Names, is_op, is_output, known_constant, like
+from pwopt.graph import is_op, is_output
 from pwopt.linear import Linear
 from pwopt.lowrank import Factors, regression
 from pwopt.lowrank.calibrated import Splitter
@@ -32,8 +31,6 @@ from pwopt.lowrank.moments import Moments
 from pwopt.model import Model
 from pwopt.progress import Progress
 from pwopt.runtime import Array
-
-Run = Callable[[Array], Array]
 
 ROWS_PER_FEATURE = 10
 """Positions that a regression takes from all samples together, for each number it reads, …"""
@@ -81,12 +78,12 @@ def refit(
             progress("fitting layers", len(fitted), len(chosen))
         behind = _behind(model.graph, stop)
         if split.sides == "output":
-            as_it_is = _runner(model, layer, None, threads)
+            as_it_is = runner(model, layer, None, threads)
             factors = _fit_output_side(stop, split, behind, batches, as_it_is)
         else:
             factors = _fit_reduced(stop, split, behind, batches)
         fitted[layer.where] = factors
-        stop.replace(_runner(model, layer, factors, threads))
+        stop.replace(runner(model, layer, factors, threads))
     return fitted
 
 
@@ -277,33 +274,3 @@ def _adds_to(stop: Stop, shortcut: str) -> bool:
 def _is_clipped(graph: gs.Graph, tensor: gs.Tensor) -> bool:
     readers = tensor.outputs
     return bool(readers) and not is_output(graph, tensor) and all(is_op(r, "Relu") for r in readers)
-
-
-def _runner(model: Model, layer: Linear, factors: Factors | None, threads: int) -> Run:
-    """Load a layer, as it is or split, as a model of its own when it is first run."""
-    session = None
-
-    def run(x: Array) -> Array:
-        nonlocal session
-        if session is None:
-            session = runtime.session(_alone(model, layer, factors, x), threads=threads)
-        return runtime.run(session, {"x": x}, name=model.name)["y"]
-
-    return run
-
-
-def _alone(model: Model, layer: Linear, factors: Factors | None, like_this: Array) -> Model:
-    proto = ModelProto(ir_version=max(model.proto.ir_version, 4), graph=GraphProto(name="layer"))
-    proto.opset_import.extend(model.proto.opset_import)
-    alone = Model(proto, path=model.path)
-    axes = [f"axis{number}" for number in range(like_this.ndim)]
-    x, y = (gs.Variable(name, like_this.dtype, axes) for name in ("x", "y"))
-    tensors = [known_constant(t) for t in layer.node.inputs[1:] if not t.is_empty()]
-    # `_values` rather than `values`: they need not be decoded.
-    own = [gs.Constant(f"constant{number}", t._values) for number, t in enumerate(tensors)]
-    node = like(layer.node, [x, *own], y)
-    alone.graph.inputs.append(x)
-    alone.graph.outputs.append(y)
-    split = replace(layer, node=node).split(factors, Names(alone)) if factors else [node]
-    alone.graph.nodes.extend(split)
-    return alone

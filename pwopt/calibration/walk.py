@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
 
-from pwopt import runtime
+from pwopt import external, runtime
 from pwopt.calibration.samples import fed_rows, real
 from pwopt.data import Batch
 from pwopt.graph import Names
@@ -36,22 +36,6 @@ MEMORY = 1 << 29
 """Bytes of values that are kept in memory."""
 
 _RANDOM = ("Bernoulli", "Multinomial", "RandomNormalLike", "RandomUniformLike")
-
-
-@dataclass(frozen=True, slots=True)
-class Tail:
-    """A network from a layer on.
-
-    Attributes:
-        model: Its inputs are the stop's frontier and the two below; its outputs are those of the
-            network that are not computed before the layer.
-        weight: Name of the input of shape (Cout, Cin, *kernel).
-        bias: Name of the input of shape (Cout,).
-    """
-
-    model: Model
-    weight: str
-    bias: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,14 +76,16 @@ class Stop:
         layer: The layer.
         input: The tensor that it reads.
         frontier: The tensors computed so far that it or later nodes read.
+        behind: The tensors that nodes behind the layer read, its output among them.
     """
 
     layer: Linear
     input: str
     frontier: tuple[str, ...]
+    behind: tuple[str, ...]
     _states: Sequence[_State]
     _outputs: "Sequence[_Value]"
-    _make_tail: Callable[[], Tail]
+    _make_tail: Callable[[], Model]
     _run: Callable[[Array], Array] | None = None
 
     def pairs(self) -> Iterator[tuple[Array, Array, Array]]:
@@ -122,10 +108,14 @@ class Stop:
             ours = state.real(teacher)
             yield ours, ours if student is teacher else state.real(student)
 
-    def feeds(self) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
-        """Yield for each batch the whole frontier, teacher's and student's, to feed to a tail."""
-        for state in self._states:
-            yield state.arrays(self.frontier)
+    def feeds(self) -> Iterator[tuple[Array, dict[str, Array]]]:
+        """Yield for each batch what the teacher's layer reads, and all that its tail reads.
+
+        Rows that only fill up a batch are among them.
+        """
+        for state, output in zip(self._states, self._outputs, strict=True):
+            known = {**state.teacher, self.layer.where: output}
+            yield known[self.input].array(), {name: known[name].array() for name in self.behind}
 
     def replace(self, run: Callable[[Array], Array]) -> None:
         """Let the student compute the layer's output by `run` from its own input, batch by batch.
@@ -134,10 +124,10 @@ class Stop:
         """
         self._run = run
 
-    def tail(self) -> Tail:
-        """Make the network from this layer on, with the layer's weight and bias as inputs.
+    def tail(self) -> Model:
+        """Make the network behind this layer: its inputs are `behind`.
 
-        So whatever amounts to one layer of the same shape can be tried by feeding it.
+        Its outputs are those of the network that are not computed before.
         """
         return self._make_tail()
 
@@ -155,7 +145,7 @@ class Walk:
         """Cut the network.
 
         Args:
-            model: The network; stays as it is.
+            model: The network; stays as it is. Its weights are written to a temporary file.
             layers: Layers of its graph, in any order.
             batches: What to feed.
             threads: Threads within one operator.
@@ -234,51 +224,36 @@ class Walk:
         taught: Sequence[dict[str, "_Value"]],
     ) -> Stop:
         later = {name for step in self._steps[index:] for name in step.reads}
-        frontier = tuple(name for name in states[0].teacher if name in later)
-        read = [_describe(name, [s.teacher[name] for s in states]) for name in frontier]
+        outputs = [written[layer.where] for written in taught]
+        behind = self._read_behind(index)
+        known = [
+            {**state.teacher, layer.where: output}
+            for state, output in zip(states, outputs, strict=True)
+        ]
         return Stop(
             layer,
             self._steps[index].reads[0],
-            frontier,
+            tuple(name for name in states[0].teacher if name in later),
+            tuple(behind),
             states,
-            [written[layer.where] for written in taught],
-            lambda: self._tail(index, layer, read),
+            outputs,
+            lambda: self._tail(index, [_describe(n, [v[n] for v in known]) for n in behind]),
         )
 
-    def _tail(self, index: int, layer: Linear, read: Sequence[ValueInfoProto]) -> Tail:
-        first, *steps = self._steps[index:]
-        (node,) = first.nodes
-        weight = self._names.tensor(f"{layer.where}.weight")
-        bias = self._names.tensor(f"{layer.where}.bias")
-        (kind,) = {i.type.tensor_type.elem_type for i in read if i.name == node.input[0]}
-        size = layer.size
-        shape = (size.out_channels, size.in_channels, *size.kernel)
-        nodes = [*self._open(node, weight, bias), *(n for step in steps for n in step.nodes)]
-        written = {name for node in nodes for name in node.output}
-        given = [
-            *read,
-            helper.make_tensor_value_info(weight, kind, shape),
-            helper.make_tensor_value_info(bias, kind, shape[:1]),
-        ]
-        outputs = [name for name in self._network.outputs if name in written]
-        return Tail(self._network.part(nodes, given, outputs), weight, bias)
+    def _read_behind(self, index: int) -> list[str]:
+        """List what is computed by a step or before it, and read behind it; its output first."""
+        steps = self._steps[index + 1 :]
+        written = {name for step in steps for name in step.writes}
+        read = (name for step in steps for name in step.reads if name not in written)
+        return list(dict.fromkeys([*self._steps[index].writes, *read]))
 
-    def _open(self, node: NodeProto, weight: str, bias: str) -> list[NodeProto]:
-        """Let a layer read its weight, (Cout, Cin, …), and its bias from inputs."""
-        x, y = node.input[0], node.output[0]
-        if node.op_type == "Conv":
-            layer = NodeProto()
-            layer.CopyFrom(node)
-            layer.input[:] = [x, weight, bias]
-            return [layer]
-        if node.op_type == "Gemm":
-            return [helper.make_node("Gemm", [x, weight, bias], [y], transB=1)]
-        matrix, product = self._names.tensor(f"{weight}.T"), self._names.tensor(f"{y}.product")
-        return [
-            helper.make_node("Transpose", [weight], [matrix], perm=[1, 0]),
-            helper.make_node("MatMul", [x, matrix], [product]),
-            helper.make_node("Add", [product, bias], [y]),
-        ]
+    def _tail(self, index: int, read: Sequence[ValueInfoProto]) -> Model:
+        """Make the network behind a step; an output that the step writes is passed on."""
+        steps = self._steps[index:]
+        nodes = [node for step in steps[1:] for node in step.nodes]
+        written = {name for step in steps for name in step.writes}
+        outputs = [name for name in self._network.outputs if name in written]
+        return self._network.part(nodes, read, outputs)
 
 
 def _replaced(
@@ -317,11 +292,18 @@ class _Step:
 
 
 class _Network:
-    """The messages of a model: nodes that depend on inputs, and all that does not."""
+    """The messages of a model: nodes that depend on inputs, and all that does not.
+
+    Its weights are in a file, in a temporary folder, which all parts share: they refer to it, and
+    onnxruntime maps it.
+    """
 
     def __init__(self, model: Model) -> None:
         proto = model.to_proto()
-        self._path = model.path
+        self._folder = tempfile.mkdtemp(prefix="pwopt-")
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        with external.moved_out(proto, model.folder, Path(self._folder) / "network"):
+            self._path = model.path
         self._head = ModelProto(ir_version=max(proto.ir_version, 4), functions=proto.functions)
         self._head.opset_import.extend(proto.opset_import)
         self._head.graph.name = "part"
@@ -359,7 +341,9 @@ class _Network:
         proto.graph.sparse_initializer.extend(
             t for t in self._sparse_tensors if t.values.name in wanted
         )
-        return Model(proto, path=self._path)
+        part = Model(proto, path=self._path)
+        part.folder = self._folder
+        return part
 
 
 def _steps(network: _Network, layers: Mapping[str, Linear]) -> list[_Step]:

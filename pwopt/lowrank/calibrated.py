@@ -174,22 +174,6 @@ def padded_taps(
     return np.diag(shares)
 
 
-def effective(
-    factors: Factors, bias: Array, kind: npt.DTypeLike = np.float64
-) -> tuple[Array, Array]:
-    """Return weight (Cout, Cin, *kernel) and bias of the one layer that the factors amount to.
-
-    `bias` is that of the layer before it was split; `kind` is the type of the result, and of the
-    computation.
-    """
-    weight = _as(kind, factors.core)
-    if factors.reduce is not None:
-        weight = _composed(weight, _matrix(_as(kind, factors.reduce)))
-    if factors.expand is not None:
-        weight = np.tensordot(_matrix(_as(kind, factors.expand)), weight, axes=1)
-    return weight, _as(kind, bias if factors.bias is None else factors.bias)
-
-
 def _whitening(inputs: Moments, taps: Array | None) -> tuple[Array, Array]:
     """Return S^½ and S^-½. Without any variance there is nothing to whiten by: the identity.
 
@@ -262,10 +246,6 @@ def _as(kind: npt.DTypeLike, array: Array) -> Array:
     if not np.isfinite(array).all():
         raise ValueError("the layer holds NaN or infinite values")
     return array.astype(kind, copy=False)
-
-
-def _matrix(pointwise: Array) -> Array:
-    return pointwise.reshape(pointwise.shape[:2])
 
 
 def _factors(

@@ -8,6 +8,7 @@ until the bound holds.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf, sqrt
 
 import numpy as np
@@ -32,6 +33,9 @@ WORST_HARM = 1.0
 
 CLOSE = 1.04
 """Speeds as close as this are not told apart any more."""
+
+LEAST_WORTH = 0.1
+"""Savings are taken to be worth no less than this part of themselves, whatever is measured."""
 
 STEPS = 6
 """How often a budget is moved, at most, until a bound holds."""
@@ -164,19 +168,40 @@ class Search:
 
         None if there is none. A speed-up of 0 does not bind.
         """
-        limit = self._latencies.run_ms / speedup if speedup else inf
+        limit = inf
+        if speedup:
+            limit = self._latencies.run_ms * (1 - (1 - 1 / speedup) / self._worth)
         return self._allocate(lambda way: way.harm, limit, inf, bounds)
 
     def fastest(self, bounds: Bounds) -> float:
         """Return the speed-up beyond which no plan is worth building; 0 if none is at all."""
-        plan = self._allocate(lambda way: way.time, inf, WORST_HARM, bounds)
+        plan = self._fastest_plan(bounds)
         return 0.0 if plan is None else 1 / self.predicted(plan)
+
+    def _fastest_plan(self, bounds: Bounds) -> Plan | None:
+        return self._allocate(lambda way: way.time, inf, WORST_HARM, bounds)
 
     def predicted(self, plan: Plan) -> float:
         """Return what a plan is foretold to take, as a share of the model's time."""
+        return 1 - self._saved(plan) * self._worth
+
+    def _saved(self, plan: Plan) -> float:
+        """Sum up what the splits of a plan save by themselves, as a share of the model's time."""
         run, layers = self._latencies.run_ms, self._latencies.layers
         saved = sum(layers[w] - self._latencies.options[w][option] for w, option in plan.items())
-        return (run - saved) / run if run else 1.0
+        return saved / run if run else 0.0
+
+    @cached_property
+    def _worth(self) -> float:
+        """What savings are worth together: measured ÷ their sum, of the fastest plan.
+
+        They add up only roughly: a smaller model keeps more of itself in the processor's cache.
+        """
+        plan = self._fastest_plan(Bounds()) if self._is_timed else None
+        if not plan:
+            return 1.0
+        measured = 1 - self._gain / self._speed(plan)
+        return max(measured / self._saved(plan), LEAST_WORTH)
 
     def ways(self, layer: Linear) -> list[Way]:
         """List the ways to have a layer: as it is, or split at an option that pays."""

@@ -1,11 +1,10 @@
 """The harm that one split alone does to what the network computes, on samples held out.
 
-A walk through the network stops at each layer; what follows is loaded once, with the layer's weight
-and bias as inputs, and run with those that each split amounts to. The layer's own are fed in the
-same way, so that both sides of the comparison run in the same kernels.
+A walk through the network stops at each layer; what follows is loaded once, and run on what each
+split makes of the layer's input.
 
-In memory are, beside those of the walk, the network from one layer on, the outputs of one batch,
-and some copies of one layer's weight: its own and up to `WEIGHTS` bytes of tried ones.
+In memory are, beside those of the walk, the network behind one layer, the outputs of one batch, and
+splits of one layer, no more than its own weight would fill `WEIGHTS` bytes.
 """
 
 from collections import defaultdict
@@ -17,12 +16,12 @@ import numpy.typing as npt
 
 from pwopt import analysis, runtime
 from pwopt.calibration import Stop, Walk
+from pwopt.calibration.alone import Run, runner
 from pwopt.calibration.samples import fed_rows, real
 from pwopt.comparing import Outputs, class_scores, log_probabilities
 from pwopt.data import Batch
 from pwopt.linear import Linear
 from pwopt.lowrank import Factors
-from pwopt.lowrank.calibrated import effective
 from pwopt.model import Model
 from pwopt.progress import Progress
 from pwopt.runtime import Array
@@ -44,7 +43,7 @@ FLOOR = 1e-9
 """Harm below which interpolation, on a logarithmic scale, does not look."""
 
 WEIGHTS = 256 << 20
-"""Bytes of weights that are tried side by side; else the layer's own is run again for the next."""
+"""Bytes of weights whose splits are tried side by side; else the layer's tail is run once more."""
 
 _ROUNDING = 1e-12  # of sums of squares
 
@@ -135,7 +134,7 @@ def _tried(options: Sequence[Option]) -> list[Option]:
 
 
 class _Probe:
-    """Runs the network from a layer on, with other weights in that layer."""
+    """Runs the network behind a layer on what splits of it make of its input."""
 
     def __init__(
         self,
@@ -145,6 +144,7 @@ class _Probe:
         threads: int,
     ) -> None:
         declared = inputs(model)
+        self._model = model
         self._name = model.name
         self._split = split
         self._threads = threads
@@ -156,42 +156,29 @@ class _Probe:
 
     def harms(self, stop: Stop, options: Sequence[Option]) -> dict[Option, float]:
         """Return the harm of each option of the layer that the walk stops at."""
-        tail = stop.tail()
-        session = runtime.session(tail.model, threads=self._threads)
-        weight, bias = np.ascontiguousarray(stop.layer.weight()), stop.layer.bias()
-        side_by_side = max(1, WEIGHTS // max(weight.nbytes, 1))
+        layer, tail = stop.layer, runtime.session(stop.tail(), threads=self._threads)
+        side_by_side = max(1, WEIGHTS // (layer.size.params * np.dtype(np.float32).itemsize))
 
-        def run(frontier: Mapping[str, Array], weight: Array, bias: Array) -> Outputs:
-            feeds = {**frontier, tail.weight: weight, tail.bias: bias}
-            return runtime.run(session, feeds, name=self._name)
+        def run(read: Mapping[str, Array]) -> Outputs:
+            return runtime.run(tail, read, name=self._name)
 
         found: dict[Option, float] = {}
         for start in range(0, len(options), side_by_side):
-            group = options[start : start + side_by_side]
-            students = {o: _effective(self._split(stop.layer, o), weight, bias) for o in group}
-            harms = {option: Harm(self._scores) for option in group}
-            for (rows, samples), (frontier, _) in zip(self._sizes, stop.feeds(), strict=True):
-                teacher = _real(run(frontier, weight, bias), rows, samples)
-                for option, own in students.items():
-                    harms[option].add(teacher, _real(run(frontier, *own), rows, samples))
+            splits = {
+                option: self._runner(layer, option)
+                for option in options[start : start + side_by_side]
+            }
+            harms = {option: Harm(self._scores) for option in splits}
+            for (rows, samples), (x, read) in zip(self._sizes, stop.feeds(), strict=True):
+                teacher = _real(run(read), rows, samples)
+                for option, split in splits.items():
+                    student = run({**read, layer.where: split(x)})
+                    harms[option].add(teacher, _real(student, rows, samples))
             found |= {option: harm.value for option, harm in harms.items()}
         return found
 
-
-def _effective(factors: Factors, weight: Array, bias: Array) -> tuple[Array, Array]:
-    """Return weight and bias that the factors amount to, of the types of the layer's own.
-
-    What the factors hold that is not finite makes all of them NaN.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        try:
-            own = effective(factors, bias, np.promote_types(weight.dtype, np.float32))
-        except ValueError:
-            return np.full_like(weight, np.nan), np.full_like(bias, np.nan)
-        return (
-            np.ascontiguousarray(own[0], weight.dtype),
-            np.ascontiguousarray(own[1], bias.dtype),
-        )
+    def _runner(self, layer: Linear, option: Option) -> Run:
+        return runner(self._model, layer, self._split(layer, option), self._threads)
 
 
 def _real(outputs: Outputs, rows: int, samples: int) -> dict[str, Array]:

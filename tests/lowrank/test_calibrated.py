@@ -44,6 +44,18 @@ def both_sides(
     return splitter.both_sides(in_rank, out_rank)
 
 
+def effective(factors: Factors, bias: Array) -> tuple[Array, Array]:
+    """Return weight (Cout, Cin, *kernel) and bias of the one layer that the factors amount to."""
+    weight = factors.core.astype(np.float64)
+    if factors.reduce is not None:
+        reduce = factors.reduce.reshape(factors.reduce.shape[:2])
+        weight = np.moveaxis(np.tensordot(weight, reduce, axes=(1, 0)), -1, 1)
+    if factors.expand is not None:
+        expand = factors.expand.reshape(factors.expand.shape[:2])
+        weight = np.tensordot(expand, weight, axes=1)
+    return weight, bias if factors.bias is None else factors.bias
+
+
 def layer(shape: tuple[int, ...], seed: int = 0) -> tuple[Array, Array]:
     rng = np.random.default_rng(seed)
     return rng.standard_normal(shape), rng.standard_normal(shape[0])
@@ -84,7 +96,7 @@ def outputs_of(weight: Array, bias: Array, seen: Array) -> Array:
 
 def error(weight: Array, bias: Array, factors: Factors, seen: Array) -> float:
     """Return E‖y − ŷ‖² on patches."""
-    kept, kept_bias = calibrated.effective(factors, bias)
+    kept, kept_bias = effective(factors, bias)
     lost = outputs_of(weight - kept, bias - kept_bias, seen)
     return float((lost**2).sum(axis=-1).mean())
 
@@ -144,7 +156,7 @@ def test_output_side_keeps_the_mean() -> None:
     seen = windows(maps_of(5, 2), (3, 3), pad=1)
     rows = outputs_of(weight, bias, seen).reshape(-1, 6)
     factors = output_side(weight, bias, Moments.of(rows), 2)
-    kept = outputs_of(*calibrated.effective(factors, bias), seen).reshape(-1, 6)
+    kept = outputs_of(*effective(factors, bias), seen).reshape(-1, 6)
     np.testing.assert_allclose(kept.mean(axis=0), rows.mean(axis=0), atol=1e-12)
 
 
@@ -227,14 +239,14 @@ def test_input_side_with_a_mean_that_padding_hides() -> None:
     mean = seen.mean(axis=(0, 1))
     block = share * spread(5) + share * (1 - share) * np.outer(mean, mean)
     factors = input_side(weight, bias, moments_of(seen), 2, share * np.eye(3))
-    kept, kept_bias = calibrated.effective(factors, bias)
+    kept, kept_bias = effective(factors, bias)
     lost = np.moveaxis(weight - kept, 1, 2).reshape(6, -1)
     covariance = np.kron(np.eye(3), block)
     reached = np.sum((lost @ covariance) * lost)
     assert reached <= best_by_descent(weight, covariance, 2) * (1 + 1e-9)
     np.testing.assert_allclose(kept_bias, bias + share * (weight - kept).sum(axis=2) @ mean)
     ignorant = input_side(weight, bias, moments_of(seen), 2)
-    lost = np.moveaxis(weight - calibrated.effective(ignorant, bias)[0], 1, 2).reshape(6, -1)
+    lost = np.moveaxis(weight - effective(ignorant, bias)[0], 1, 2).reshape(6, -1)
     assert np.sum((lost @ covariance) * lost) > reached
 
 
@@ -243,7 +255,7 @@ def test_input_side_keeps_the_mean(shape: tuple[int, ...]) -> None:
     weight, bias = layer(shape)
     seen = patches(shape[1], prod(shape[2:]))
     factors = input_side(weight, bias, moments_of(seen), 2)
-    lost = outputs_of(*calibrated.effective(factors, bias), seen) - outputs_of(weight, bias, seen)
+    lost = outputs_of(*effective(factors, bias), seen) - outputs_of(weight, bias, seen)
     np.testing.assert_allclose(lost.mean(axis=0), 0, atol=1e-12)
     assert np.abs(lost).max() > 1e-3
 
@@ -263,7 +275,7 @@ def test_the_mean_is_kept_with_padding(sides: str, pad: int, stride: int) -> Non
         if sides == "input"
         else both_sides(weight, bias, inputs, outputs, 2, 3, taps)
     )
-    kept = outputs_of(*calibrated.effective(factors, bias), seen).reshape(-1, 6)
+    kept = outputs_of(*effective(factors, bias), seen).reshape(-1, 6)
     np.testing.assert_allclose(kept.mean(axis=0), outputs.mean, atol=1e-10)
 
 
@@ -290,7 +302,7 @@ def test_both_sides(shape: tuple[int, ...], correlated: bool) -> None:
     inside = best_by_descent(projected, covariance, 2)
     assert reached == pytest.approx(outside + inside, rel=1e-4)
 
-    lost = outputs_of(*calibrated.effective(factors, bias), seen) - outputs_of(weight, bias, seen)
+    lost = outputs_of(*effective(factors, bias), seen) - outputs_of(weight, bias, seen)
     np.testing.assert_allclose(lost.mean(axis=0), 0, atol=1e-12)
 
 
@@ -358,14 +370,14 @@ def test_shapes_and_order_of_the_factors(shape: tuple[int, ...]) -> None:
     between = outputs_of(factors.core, np.zeros(3), seen @ factors.reduce.reshape(2, -1).T)
     np.testing.assert_allclose(
         between @ factors.expand.reshape(-1, 3).T + factors.bias,
-        outputs_of(*calibrated.effective(factors, bias), seen),
+        outputs_of(*effective(factors, bias), seen),
         atol=1e-12,
     )
 
 
 def test_effective_of_factors_without_a_bias() -> None:
     weight, bias = layer((6, 5, 3))
-    kept, kept_bias = calibrated.effective(Splitter(weight).split("input", 4), bias)
+    kept, kept_bias = effective(Splitter(weight).split("input", 4), bias)
     assert kept.shape == weight.shape
     np.testing.assert_array_equal(kept_bias, bias)
 
@@ -410,8 +422,8 @@ def test_inputs_that_never_vary_leave_the_weight_to_decide() -> None:
     seen = np.ones((10, 3, 5))
     factors = input_side(weight, bias, moments_of(seen), 2)
     assert error(weight, bias, factors, seen) < 1e-20
-    kept, _ = calibrated.effective(factors, bias)
-    blind, _ = calibrated.effective(Splitter(weight).split("input", 2), bias)
+    kept, _ = effective(factors, bias)
+    blind, _ = effective(Splitter(weight).split("input", 2), bias)
     np.testing.assert_allclose(kept, blind, atol=1e-12)
 
 
@@ -426,8 +438,8 @@ def test_factors_have_the_type_of_the_weight(dtype: Any, tolerance: float) -> No
     for sides, factors in found.items():
         parts = [factors.core, factors.reduce, factors.expand, factors.bias]
         assert {part.dtype for part in parts if part is not None} == {np.dtype(dtype)}
-        kept, kept_bias = calibrated.effective(factors, bias)
-        wanted, wanted_bias = calibrated.effective(exact[sides], bias)
+        kept, kept_bias = effective(factors, bias)
+        wanted, wanted_bias = effective(exact[sides], bias)
         assert np.abs(kept - wanted).max() <= tolerance * np.abs(wanted).max()
         assert np.abs(kept_bias - wanted_bias).max() <= tolerance * np.abs(wanted_bias).max()
 

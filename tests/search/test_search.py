@@ -125,17 +125,26 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Split]]:
 MODEL = parse(NET)
 
 
-def search(table: Latencies = TABLE, harms: Any = HARMS, **options: Any) -> Search:
-    """Prepare a search with the made-up table, on the yardstick that `options` describe."""
-    yardstick = FakeYardstick(MODEL, **options)
-    return Search(MODEL, layers_of(MODEL), table, harms, [], yardstick)  # type: ignore[arg-type]
+class Additive(Search):
+    """Takes savings to add up: the made-up table knows nothing of the yardstick's speeds."""
+
+    _worth = 1.0  # type: ignore[assignment]
+
+
+def search(table: Latencies = TABLE, harms: Any = HARMS) -> Search:
+    """Prepare a search with the made-up table."""
+    return Additive(MODEL, layers_of(MODEL), table, harms, [], FakeYardstick(MODEL))  # type: ignore[arg-type]
 
 
 def timed(**options: Any) -> Search:
-    """Prepare a search whose table has all options, timed by MACs; harm falls with the rank."""
+    """Prepare a search on the yardstick that `options` describe.
+
+    Its table has all options, timed by MACs; harm falls with the rank.
+    """
     table = macs_as_ms(MODEL, layers_of(MODEL))
     harms = {w: {o: 0.1 * (16 / o.rank) ** 2 for o in row} for w, row in table.options.items()}
-    return search(table, harms, **options)
+    yardstick = FakeYardstick(MODEL, **options)
+    return Search(MODEL, layers_of(MODEL), table, harms, [], yardstick)  # type: ignore[arg-type]
 
 
 def every_plan(found: Search) -> Iterator[tuple[dict[str, Option], float, float, int, int]]:
@@ -253,6 +262,23 @@ def test_the_fastest_worth_building_does_not_harm_too_much() -> None:
     assert found.fastest(Bounds()) == pytest.approx(10 / min(times))
     assert min(times) < min(row[1] for row in every_plan(found) if row[2] <= 0.5)
     assert found.fastest(Bounds(max_params=1)) == 0
+
+
+@pytest.mark.parametrize("slowness", [0.8, 1, 1.3])
+def test_savings_are_worth_what_they_are_together(slowness: float) -> None:
+    found = timed(slowness=slowness)
+    plan = found.plan(0.999 * found.fastest(Bounds()), Bounds())
+    assert plan
+    (fastest,) = {found.fastest(Bounds()), timed(slowness=slowness).limit}
+    assert fastest == pytest.approx(timed().limit / slowness)
+    assert found.predicted(plan) == pytest.approx(1 / fastest, rel=0.01)
+    assert found.predicted({}) == 1
+
+
+def test_savings_that_are_worth_nothing_together_promise_nothing() -> None:
+    found = timed(slowness=1e3)
+    assert found.plan(1.3, Bounds()) is None
+    assert found.fastest(Bounds()) < 1.2
 
 
 def test_what_exact_rewrites_gained_counts(fitted: list[Any]) -> None:
@@ -530,7 +556,8 @@ def test_a_model_that_cannot_gain_has_a_curve_of_one_point(fitted: list[Any]) ->
 def test_by_macs_nothing_is_timed_before_the_model_is_there(fitted: list[Any]) -> None:
     table = macs_as_ms(MODEL, layers_of(MODEL))
     harms = {w: {o: 1 / o.rank for o in row} for w, row in table.options.items()}
-    found = search(replace(table, unit="MACs"), harms, slow=["a", "b", "c"], slowness=9)
+    yardstick: Any = FakeYardstick(MODEL, slow=["a", "b", "c"], slowness=9)
+    found = Search(MODEL, layers_of(MODEL), replace(table, unit="MACs"), harms, [], yardstick)
     best = found.find(Bounds(speedup=2))
     assert best is not None
     assert not found._yardstick.timed_in_place  # type: ignore[attr-defined]
