@@ -20,6 +20,10 @@ class DataError(PwoptError):
     """Samples, labels or preprocessing that do not fit the model."""
 
 
+class LearnError(PwoptError):
+    """A network that cannot be trained here, or training that cannot go on."""
+
+
 class SpecError(PwoptError):
     """An unknown pass, option or value: wrong usage (exit code 2)."""
 

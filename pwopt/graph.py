@@ -6,7 +6,9 @@ Nodes and tensors are compared with `is`: GraphSurgeon's `==` compares names onl
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy.typing as npt
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from pwopt.model import Model
 from pwopt.shapes import Shape
@@ -46,6 +48,13 @@ def known_constant(tensor: gs.Tensor) -> gs.Constant:
     value = constant(tensor)
     assert value is not None, tensor.name
     return value
+
+
+def decoded(tensor: gs.Constant) -> npt.NDArray[Any]:
+    """Decode the values of a constant, and keep no copy of them, as its `values` would."""
+    values = tensor._values
+    decoded: npt.NDArray[Any] = values.load() if isinstance(values, LazyValues) else values
+    return decoded
 
 
 def label(node: gs.Node) -> str:

@@ -22,7 +22,16 @@ import onnx_graphsurgeon as gs
 from pwopt import cost
 from pwopt.cost import ConvSize
 from pwopt.errors import ModelError
-from pwopt.graph import Names, constant, is_op, known_constant, label, optional_input, shape_of
+from pwopt.graph import (
+    Names,
+    constant,
+    decoded,
+    is_op,
+    known_constant,
+    label,
+    optional_input,
+    shape_of,
+)
 from pwopt.lowrank import Factors
 from pwopt.operators import auto_pad, is_same
 from pwopt.shapes import Shape
@@ -110,7 +119,7 @@ class Linear:
         Raises:
             ModelError: it holds NaN or infinite values.
         """
-        values = known_constant(self.node.inputs[1]).values
+        values = decoded(known_constant(self.node.inputs[1]))
         if self.node.op != "Conv" and not self.node.attrs.get("transB"):
             values = values.T
         alpha = self.node.attrs.get("alpha", 1.0)

@@ -25,6 +25,7 @@ import pytest
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from pwopt.lowrank import Factors
 from pwopt.model import Model
 from pwopt.rewriting import Context, Event, Pass
 
@@ -291,3 +292,15 @@ def _value(attribute: AttributeProto) -> Any:
 
 def _initializers(graph: GraphProto) -> dict[str, tuple[int, list[int]]]:
     return {tensor.name: (tensor.data_type, list(tensor.dims)) for tensor in graph.initializer}
+
+
+def effective(factors: Factors, bias: Array) -> tuple[Array, Array]:
+    """Return weight (Cout, Cin, *kernel) and bias of the one layer that the factors amount to."""
+    weight = factors.core.astype(np.float64)
+    if factors.reduce is not None:
+        reduce = factors.reduce.reshape(factors.reduce.shape[:2])
+        weight = np.moveaxis(np.tensordot(weight, reduce, axes=(1, 0)), -1, 1)
+    if factors.expand is not None:
+        expand = factors.expand.reshape(factors.expand.shape[:2])
+        weight = np.tensordot(expand, weight, axes=1)
+    return weight, bias if factors.bias is None else factors.bias

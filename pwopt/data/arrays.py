@@ -1,9 +1,11 @@
 """Samples from an `.npz` file: arrays named like the inputs, or `images`; optional `labels`."""
 
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +20,16 @@ from pwopt.data.samples import (
     count_rows,
     fits,
     fixed_batch,
+    in_turn,
     misfit,
     quoted,
 )
 from pwopt.errors import DataError, SpecError
 from pwopt.model import Model
 from pwopt.shapes import Input, inputs
+
+IN_MEMORY = 256 << 20
+"""Bytes up to which an array is held in memory; a larger one is unpacked into a temporary file."""
 
 
 def array_samples(path: Path, model: Model, *, preprocess: str | None, batch: int) -> Samples:
@@ -49,17 +55,15 @@ def array_samples(path: Path, model: Model, *, preprocess: str | None, batch: in
     labels = stored.get("labels") if "labels" not in arrays else None
     if labels is not None:
         labels = class_numbers(labels, count, name)
-    size = fixed_batch(declared) or batch
+    counted, size = batched(declared), fixed_batch(declared) or batch
 
-    def draw() -> Iterator[tuple[Feeds, Array | None]]:
-        counted = batched(declared)
-        for start in range(0, count, size):
-            rows = slice(start, start + size)
-            feeds = {key: a[rows] if key in counted else a for key, a in arrays.items()}
-            feeds |= {key: image.feed(feeds[key]) for key, image in images.items()}
-            yield feeds, None if labels is None else labels[rows]
+    def take(numbers: Sequence[int]) -> tuple[Feeds, Array | None]:
+        rows = np.asarray(numbers)
+        feeds = {key: a[rows] if key in counted else a for key, a in arrays.items()}
+        feeds |= {key: image.feed(feeds[key]) for key, image in images.items()}
+        return feeds, None if labels is None else labels[rows]
 
-    return Samples(name, declared, draw, count)
+    return Samples(name, declared, in_turn(take, count, size), count, take=take)
 
 
 def _by_input(stored: dict[str, Array], declared: Sequence[Input], source: str) -> dict[str, Array]:
@@ -94,7 +98,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
         with path.open("rb") as stream:
             file = np.load(stream, allow_pickle=False)
             if isinstance(file, np.lib.npyio.NpzFile):
-                return {name: _array(file[name]) for name in file.files}
+                return {name: _member(file, name, path) for name in file.files}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path}: is not a whole .npz file of plain arrays (pickled objects are not read); "
@@ -103,7 +107,27 @@ def _read_npz(path: Path) -> dict[str, Array]:
     raise DataError(f"{path}: holds one array without a name; {hint}")
 
 
-def _array(member: object) -> Array:
-    if not isinstance(member, np.ndarray):  # numpy gives the bytes of other files
+def _member(file: Any, name: str, path: Path) -> Array:
+    stored = f"{name}.npy"
+    large = stored in file.zip.namelist() and file.zip.getinfo(stored).file_size > IN_MEMORY
+    array = _unpacked(file.zip, stored, path) if large else file[name]
+    if not isinstance(array, np.ndarray):  # numpy gives the bytes of other files
         raise ValueError("not an array")
-    return member
+    return array
+
+
+def _unpacked(archive: zipfile.ZipFile, stored: str, path: Path) -> Array:
+    """Map an array into memory from a temporary file, which takes no room once it is not used."""
+    try:
+        # The system keeps a file that is mapped, although its name is gone: nothing is left behind
+        # even if the process is killed.
+        with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as folder:
+            unpacked = Path(archive.extract(stored, folder))
+            array: Array = np.load(unpacked, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        gigabytes = archive.getinfo(stored).file_size / 1e9
+        raise DataError(
+            f"{path}: '{stored}' cannot be unpacked for the time being "
+            f"({error.strerror or error}); set TMPDIR to a folder with {gigabytes:.1f} GB to spare"
+        ) from error
+    return array

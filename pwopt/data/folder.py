@@ -5,13 +5,13 @@ folders are numbered by their sorted names, or by the number that is their name 
 """
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pwopt.data.images import image_input, pillow, read_image
-from pwopt.data.samples import Feeds, Samples, fixed_batch, quoted
+from pwopt.data.samples import Feeds, Samples, fixed_batch, in_turn, quoted
 from pwopt.errors import DataError
 from pwopt.model import Model
 from pwopt.shapes import InputShapes, bind, inputs
@@ -44,14 +44,13 @@ def folder_samples(
     files = _labelled_files(path)
     size = fixed_batch(declared) or batch
 
-    def draw() -> Iterator[tuple[Feeds, list[int] | None]]:
-        for start in range(0, len(files), size):
-            names, labels = zip(*files[start : start + size], strict=True)
-            pixels = np.stack([read_image(f, (height, width), image.channels) for f in names])
-            yield {image.declared.name: image.feed(pixels)}, None if None in labels else [*labels]
+    def take(numbers: Sequence[int]) -> tuple[Feeds, list[int] | None]:
+        names, labels = zip(*(files[number] for number in numbers), strict=True)
+        pixels = np.stack([read_image(f, (height, width), image.channels) for f in names])
+        return {image.declared.name: image.feed(pixels)}, None if None in labels else [*labels]
 
-    assumed = "" if fixed else f"{height}×{width} pixels"
-    return Samples(str(path), declared, draw, len(files), assumed)
+    count, assumed = len(files), "" if fixed else f"{height}×{width} pixels"
+    return Samples(str(path), declared, in_turn(take, count, size), count, assumed, take)
 
 
 def _labelled_files(folder: Path) -> list[tuple[Path, int | None]]:

@@ -13,6 +13,8 @@ from pwopt.shapes import Input
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 Labels = npt.NDArray[np.int64]
+Draw = Callable[[], Iterator[tuple[Feeds, Any]]]
+Take = Callable[[Sequence[int]], tuple[Feeds, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +43,16 @@ class Samples:
         draw: Starts anew, and yields feeds as they come, with labels or None.
         count: Samples in it, None where only iterating tells.
         assumed: What was assumed for the axes that the model leaves open, empty if nothing.
+        take: Gives the samples of these numbers, from 0 to `count` - 1, with labels or None; it
+            may be called from several threads at once. None where samples come in turn only.
     """
 
     name: str
     inputs: Sequence[Input]
-    draw: Callable[[], Iterator[tuple[Feeds, Any]]]
+    draw: Draw
     count: int | None = None
     assumed: str = ""
+    take: Take | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches that fit the model.
@@ -61,6 +66,55 @@ class Samples:
             empty = False
         if empty:
             raise DataError(f"{self.name}: has no samples")
+
+    def at(self, numbers: Sequence[int]) -> Batch:
+        """Give the samples of these numbers, in this order; only of a source that can `take`.
+
+        Raises:
+            DataError: a sample that does not fit the model.
+        """
+        assert self.take is not None
+        return self._fit(*self.take(numbers))
+
+    def singles(self) -> Iterator[Batch]:
+        """Yield the samples one by one, without the rows that only fill a batch up.
+
+        Raises:
+            DataError: a sample that does not fit the model.
+        """
+        counted = batched(self.inputs)
+        for batch in self:
+            for row in range(batch.samples):
+                one = slice(row, row + 1)
+                feeds = {n: a[one].copy() if n in counted else a for n, a in batch.feeds.items()}
+                yield Batch(feeds, None if batch.labels is None else batch.labels[one], 1)
+
+    def join(self, parts: Sequence[Batch]) -> Batch:
+        """Put batches together, which must not be filled up. Labels are left out if some lack them.
+
+        Raises:
+            DataError: their samples differ in shape, or in an input that all of a batch share.
+        """
+        counted, first = batched(self.inputs), parts[0]
+        for name, array in first.feeds.items():
+            for other in (part.feeds[name] for part in parts[1:]):
+                if name in counted and other.shape[1:] != array.shape[1:]:
+                    differ = f"shape: '{name}' is {_text(array.shape)} and {_text(other.shape)}"
+                elif name not in counted and not np.array_equal(other, array):
+                    differ = f"'{name}', which all of a batch share"
+                else:
+                    continue
+                raise DataError(f"{self.name}: samples of one batch differ in {differ}")
+        feeds = {
+            name: np.concatenate([p.feeds[name] for p in parts]) if name in counted else array
+            for name, array in first.feeds.items()
+        }
+        labels = [part.labels for part in parts if part.labels is not None]
+        return Batch(
+            feeds,
+            np.concatenate(labels) if len(labels) == len(parts) else None,
+            sum(part.samples for part in parts),
+        )
 
     def resize(self, feeds: Feeds, size: int) -> dict[str, Array]:
         """Make a feed of `size` rows out of another: its first ones, repeated where too few."""
@@ -92,6 +146,16 @@ class Samples:
         if labels is not None:
             labels = class_numbers(labels, rows, self.name)
         return Batch(fitted, labels, rows)
+
+
+def in_turn(take: Take, count: int, size: int) -> Draw:
+    """Return how to draw all samples in the order of their numbers, `size` at a time."""
+
+    def draw() -> Iterator[tuple[Feeds, Any]]:
+        for start in range(0, count, size):
+            yield take(range(start, min(start + size, count)))
+
+    return draw
 
 
 def batched(inputs: Sequence[Input]) -> list[str]:

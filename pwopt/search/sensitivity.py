@@ -4,7 +4,7 @@ A walk through the network stops at each layer; what follows is loaded once, and
 split makes of the layer's input.
 
 In memory are, beside those of the walk, the network behind one layer, the outputs of one batch, and
-splits of one layer, no more than its own weight would fill `WEIGHTS` bytes.
+splits of one layer with what they read and write, about `SIDE_BY_SIDE` bytes.
 """
 
 from collections import defaultdict
@@ -42,8 +42,8 @@ MACS = 30 * 10**9
 FLOOR = 1e-9
 """Harm below which interpolation, on a logarithmic scale, does not look."""
 
-WEIGHTS = 256 << 20
-"""Bytes of weights whose splits are tried side by side; else the layer's tail is run once more."""
+SIDE_BY_SIDE = 512 << 20
+"""Bytes that the splits tried side by side hold; for the others, what is behind is run anew."""
 
 _ROUNDING = 1e-12  # of sums of squares
 
@@ -157,7 +157,9 @@ class _Probe:
     def harms(self, stop: Stop, options: Sequence[Option]) -> dict[Option, float]:
         """Return the harm of each option of the layer that the walk stops at."""
         layer, tail = stop.layer, runtime.session(stop.tail(), threads=self._threads)
-        side_by_side = max(1, WEIGHTS // (layer.size.params * np.dtype(np.float32).itemsize))
+        x, read = next(stop.feeds())
+        held = layer.size.params * x.itemsize + x.nbytes + read[layer.where].nbytes
+        side_by_side = max(1, SIDE_BY_SIDE // held)
 
         def run(read: Mapping[str, Array]) -> Outputs:
             return runtime.run(tail, read, name=self._name)

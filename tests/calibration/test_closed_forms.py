@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import Array, parse, random_feeds, run
+from helpers import Array, effective, parse, random_feeds, run
 
 from pwopt import shapes
 from pwopt.calibration import closed_forms
@@ -102,7 +102,7 @@ def test_padding_is_taken_into_account(where: str) -> None:
         calibrated.Splitter(weight, bias, inputs=found.inputs, taps=seen).input_side(2)
         for seen in (taps, None)
     )
-    kept, wanted, blind = (calibrated.effective(f, bias)[0] for f in (ours, theirs, unpadded))
+    kept, wanted, blind = (effective(f, bias)[0] for f in (ours, theirs, unpadded))
     np.testing.assert_allclose(kept, wanted, atol=1e-5)
     assert np.abs(blind - wanted).max() > 1e-3
     assert_same(factors(layer, found, "input", 2), unpadded)

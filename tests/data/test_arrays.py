@@ -1,3 +1,4 @@
+import errno
 import pickle
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 from samples import GRAY, NCHW, RGB, model, only
 
-from pwopt.data import open_data
+from pwopt.data import arrays, open_data
 from pwopt.errors import DataError, SpecError
 
 
@@ -96,6 +97,68 @@ def test_arrays_named_like_several_inputs(tmp_path: Path) -> None:
     assert feeds["a"].dtype == np.float32
     assert feeds["b"].dtype == np.int64
     assert feeds["e"].tolist() == ["x", "y"]
+
+
+def test_samples_by_number(tmp_path: Path) -> None:
+    samples = open_data(
+        save(tmp_path, images=RGB, labels=np.arange(5)), NCHW, preprocess="raw", batch=2
+    )
+    batch = samples.at([4, 0, 4])
+    np.testing.assert_array_equal(batch.feeds["x"], RGB[[4, 0, 4]].transpose(0, 3, 1, 2))
+    assert batch.labels is not None
+    assert batch.labels.tolist() == [4, 0, 4]
+    path = save(tmp_path, x=np.array([[1], [np.nan]]), shared=np.arange(2.0))
+    samples = open_data(path, model("float[N, 1] x, float[2] shared"))
+    assert samples.at([0]).feeds["shared"].tolist() == [0, 1]
+    with pytest.raises(DataError, match="'x' holds NaN"):
+        samples.at([1])
+
+
+def test_large_arrays_are_unpacked_into_a_file_that_is_gone_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(room))
+    monkeypatch.setattr(arrays, "IN_MEMORY", 200)
+    unpacked: list[Any] = []
+    original = np.load
+    monkeypatch.setattr(
+        np, "load", lambda *a, **k: (unpacked.append(k.get("mmap_mode")), original(*a, **k))[1]
+    )
+    for write in (np.savez, np.savez_compressed):
+        unpacked.clear()
+        path = tmp_path / "samples.npz"
+        write(path, images=RGB, labels=np.arange(5))
+        samples = open_data(path, NCHW, preprocess="raw", batch=2)
+        assert unpacked == [None, "r"]  # the archive, and the images, but not the labels
+        assert not list(room.iterdir())
+        x = np.concatenate([batch.feeds["x"] for batch in samples])
+        np.testing.assert_array_equal(x, RGB.transpose(0, 3, 1, 2))
+        assert samples.at([3]).feeds["x"].flags.writeable
+
+
+def test_large_arrays_that_cannot_be_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(arrays, "IN_MEMORY", 200)
+    path = save(tmp_path, images=RGB)
+    whole = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("zipfile.shutil.copyfileobj", full)
+        with pytest.raises(
+            DataError, match=r"'images.npy' cannot be .* \(No space left on device\); set TMPDIR"
+        ):
+            open_data(path, NCHW, preprocess="raw")
+    path.write_bytes(whole.replace(RGB.tobytes()[:20], bytes(20)))
+    with pytest.raises(DataError, match="is not a whole"):
+        open_data(path, NCHW, preprocess="raw")
+    objects = save(tmp_path, x=np.array([Bomb()] * 100, dtype=object))
+    with pytest.raises(DataError, match="pickled objects are not read"):
+        open_data(objects, model("float[N, 3] x"))
 
 
 def test_images_without_preprocessing_are_not_guessed_at(tmp_path: Path) -> None:

@@ -131,3 +131,21 @@ def test_folder_reads_one_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     batches: Iterator[Batch] = iter(open_data(tmp_path, NCHW, preprocess="raw", batch=2))
     next(batches)
     assert len(read) == 2
+
+
+def test_images_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index, pixels in enumerate(RGB):
+        paint(tmp_path / f"{index}.png", pixels)
+    (tmp_path / "3.png").write_bytes(b"nothing")
+    read: list[str] = []
+    original = folder.read_image
+    monkeypatch.setattr(
+        folder, "read_image", lambda path, *rest: (read.append(path.name), original(path, *rest))[1]
+    )
+    samples = open_data(tmp_path, NCHW, preprocess="raw")
+    x = samples.at([4, 1]).feeds["x"]
+    np.testing.assert_array_equal(x, RGB[[4, 1]].transpose(0, 3, 1, 2))
+    assert read == ["4.png", "1.png"]
+    with pytest.raises(DataError, match=r"3.png: cannot be read as an image") as raised:
+        samples.at([2, 3])
+    assert "\n" not in str(raised.value)

@@ -1,7 +1,11 @@
+from collections.abc import Iterator
+
 import numpy as np
+import pytest
 from samples import model
 
-from pwopt.data import fixed_batch, random_data
+from pwopt.data import fixed_batch, open_data, random_data
+from pwopt.errors import DataError
 from pwopt.shapes import inputs
 
 
@@ -19,3 +23,32 @@ def test_fixed_batch() -> None:
     assert fixed_batch(inputs(model("float[N, 3] x, float[2] d"))) is None
     assert fixed_batch(inputs(model("float[1, 3] x, float[5] d"))) == 1
     assert fixed_batch(inputs(model("float x"))) is None
+
+
+def test_singles_join_again_without_the_rows_that_fill_up() -> None:
+    def feeds() -> Iterator[tuple[dict[str, np.ndarray], list[int]]]:
+        yield {"x": np.array([[1.0], [2.0], [3.0]])}, [1, 2, 3]
+        yield {"x": np.array([[4.0]])}, [4]
+
+    samples = open_data(feeds, model("float[3, 1] x"))
+    singles = list(samples.singles())
+    assert [single.feeds["x"].shape for single in singles] == [(1, 1)] * 4
+    joined = samples.join(singles)
+    assert joined.feeds["x"][:, 0].tolist() == [1, 2, 3, 4]
+    assert joined.labels is not None
+    assert joined.labels.tolist() == [1, 2, 3, 4]
+    assert joined.samples == 4
+
+
+def test_samples_that_differ_cannot_be_joined() -> None:
+    def feeds() -> Iterator[dict[str, np.ndarray]]:
+        yield {"x": np.ones((1, 2)), "d": np.zeros(2)}
+        yield {"x": np.ones((1, 3)), "d": np.zeros(2)}
+        yield {"x": np.ones((1, 3)), "d": np.ones(2)}
+
+    samples = open_data(feeds, model("float[N, W] x, float[2] d"))
+    one, other, last = samples.singles()
+    with pytest.raises(DataError, match=r"differ in shape: 'x' is \[1, 2\] and \[1, 3\]"):
+        samples.join([one, other])
+    with pytest.raises(DataError, match="differ in 'd', which all of a batch share"):
+        samples.join([other, last])

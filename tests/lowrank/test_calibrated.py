@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from helpers import effective
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
@@ -42,18 +43,6 @@ def both_sides(
 ) -> Factors:
     splitter = calibrated.Splitter(weight, bias, inputs=inputs, outputs=outputs, taps=taps)
     return splitter.both_sides(in_rank, out_rank)
-
-
-def effective(factors: Factors, bias: Array) -> tuple[Array, Array]:
-    """Return weight (Cout, Cin, *kernel) and bias of the one layer that the factors amount to."""
-    weight = factors.core.astype(np.float64)
-    if factors.reduce is not None:
-        reduce = factors.reduce.reshape(factors.reduce.shape[:2])
-        weight = np.moveaxis(np.tensordot(weight, reduce, axes=(1, 0)), -1, 1)
-    if factors.expand is not None:
-        expand = factors.expand.reshape(factors.expand.shape[:2])
-        weight = np.tensordot(expand, weight, axes=1)
-    return weight, bias if factors.bias is None else factors.bias
 
 
 def layer(shape: tuple[int, ...], seed: int = 0) -> tuple[Array, Array]:

@@ -260,10 +260,10 @@ def test_rows_that_fill_up_a_batch_do_not_count() -> None:
         assert harms[where][option] == pytest.approx(kl(teacher, student), rel=1e-3, abs=1e-9)
 
 
-def test_one_weight_at_a_time_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_split_at_a_time_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = parse(CHAIN), feed(parse(CHAIN), 5, 5)
     at_once, _ = measured(model, batches)
-    monkeypatch.setattr(sensitivity, "WEIGHTS", 1)
+    monkeypatch.setattr(sensitivity, "SIDE_BY_SIDE", 1)
     one_by_one, _ = measured(model, batches)
     assert one_by_one == at_once
 
