@@ -182,11 +182,6 @@ def log_probabilities(scores: Array) -> npt.NDArray[np.float64]:
     return result
 
 
-def probabilities(scores: Array) -> npt.NDArray[np.float64]:
-    """Return the class probabilities of scores, see `log_probabilities`."""
-    return np.exp(log_probabilities(scores))
-
-
 def compare_hits(
     metric: str,
     original: Flags,

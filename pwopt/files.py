@@ -4,9 +4,12 @@ import contextlib
 import mmap
 import os
 import secrets
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from pwopt.errors import PwoptError
 
@@ -28,6 +31,18 @@ def mapped(path: Path) -> Iterator[memoryview]:
             return
         with mapping, memoryview(mapping) as view:
             yield view
+
+
+class ScratchFolder(str):
+    """The path of a temporary folder that exists as long as somebody refers to this very object."""
+
+    __slots__ = ("__weakref__",)
+
+    def __new__(cls) -> Self:
+        """Make the folder."""
+        folder = super().__new__(cls, tempfile.mkdtemp(prefix="pwopt-"))
+        weakref.finalize(folder, shutil.rmtree, str(folder), ignore_errors=True)
+        return folder
 
 
 @contextlib.contextmanager

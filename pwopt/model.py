@@ -12,7 +12,7 @@ from onnx import ModelProto
 
 from pwopt import external, roundtrip
 from pwopt.errors import ModelError
-from pwopt.files import atomic_write, mapped
+from pwopt.files import ScratchFolder, atomic_write, mapped
 from pwopt.skeleton import drop_untrue_value_info, without_weights
 
 PROTOBUF_LIMIT = 2**31 - 1
@@ -26,11 +26,19 @@ class Model:
     the very message it came from.
     """
 
-    def __init__(self, proto: ModelProto, *, path: Path | None = None) -> None:
+    def __init__(
+        self, proto: ModelProto, *, path: Path | None = None, folder: str | None = None
+    ) -> None:
+        """Take a message.
+
+        Args:
+            proto: The message; it is not copied.
+            path: The file that it came from.
+            folder: Where external weights lie; that of the file, if there is one.
+        """
         self.proto = proto
         self.path = path
-        self.folder = str(path.absolute().parent) if path else ""
-        """Where external weights lie."""
+        self.folder = folder if folder is not None else str(path.absolute().parent) if path else ""
 
     @classmethod
     def open(cls, model: "Model | ModelProto | str | Path") -> "Model":
@@ -134,7 +142,37 @@ class Model:
 
     def copy(self) -> "Model":
         """Return an independent model with the edits made so far."""
-        return Model(self.to_proto(), path=self.path)
+        return self.beside(self.to_proto())
+
+    def beside(self, proto: ModelProto) -> "Model":
+        """Return the model of another message, whose external weights lie where this one's do."""
+        return Model(proto, path=self.path, folder=self.folder)
+
+    def moved_out(self) -> "Model":
+        """Return a copy whose large weights lie in a temporary file, so that its copies are small.
+
+        onnxruntime maps the file. A model that has weights in files already keeps them there.
+
+        Raises:
+            PwoptError: the file cannot be written.
+        """
+        proto = self.to_proto()
+        if external.tensors(proto):
+            return self.beside(proto)
+        folder = ScratchFolder()
+        with external.moved_out(proto, self.folder, Path(folder) / "model"):
+            # A message keeps the memory of what was taken out of it; a copy does not.
+            return Model(_copied(proto), path=self.path, folder=folder)
+
+    def moved_in(self) -> "Model":
+        """Return a copy that holds all its weights.
+
+        Raises:
+            ModelError: a file with weights is gone.
+        """
+        proto = self.to_proto()
+        external.load(proto, self.folder)
+        return Model(proto, path=self.path)
 
     def check(self, when: str = "") -> None:
         """Check that the graph, as it is now, is a valid model.

@@ -27,7 +27,7 @@ def extract(model: Model, nodes: Sequence[gs.Node], types: Mapping[str, Type]) -
     read = {id(t): t for node in ordered for t in node.inputs if t.name}
     proto = ModelProto(ir_version=max(model.proto.ir_version, 4), graph=GraphProto(name="site"))
     proto.opset_import.extend(model.proto.opset_import)
-    site = Model(proto, path=model.path)
+    site = model.beside(proto)
     copies = {key: _copy(t, types) for key, t in (read | written).items()}
 
     def of(tensors: Sequence[gs.Tensor]) -> list[gs.Tensor]:

@@ -84,7 +84,7 @@ def tune(
     cores = runtime.cores()
     if bounds.max_macs is not None and size(model, shapes).macs is None:
         raise ModelError(f"{model.name}: its MACs are not known; give the input's shape by --shape")
-    ready = prepare(model, samples, limit, threads=cores, seed=seed)
+    ready = prepare(samples, limit, seed=seed)
     known = infer(model, bind(model, shapes, batch=batch))
     nodes = [node for node in model.graph.nodes if is_op(node, *COUNTED_OPS)]
     seen = {node.outputs[0].name: _layer(node, known) for node in nodes}

@@ -7,6 +7,7 @@ from typing import Literal
 
 from onnx import ModelProto
 
+from pwopt import external
 from pwopt.analysis import Size, size
 from pwopt.calibration import LIMIT
 from pwopt.candidates import Choice
@@ -163,8 +164,9 @@ def rewrite(
         if any(report.rewrote for report in reports):
             prove(original, result, shapes)
     if opened is not None and auto:
-        # Models may be large: one that nothing was done to is held once.
-        result = result if any(report.rewrote for report in reports) else original
+        # Models may be large, and are copied often: their weights wait in files.
+        has_files = bool(external.tensors(result.proto))
+        original, result = original.moved_out(), result.moved_out()
         tuned = tune(
             original,
             result,
@@ -179,7 +181,7 @@ def rewrite(
             seed=seed,
             progress=progress,
         )
-        result, front = tuned.model, tuned.front
+        result, front = tuned.model if has_files else tuned.model.moved_in(), tuned.front
         reports += (PassReport("bottleneck", tuned.events),)
         texts.append(AUTO)
         if reports[-1].rewrote:

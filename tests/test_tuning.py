@@ -124,8 +124,8 @@ def test_what_is_told_of_the_chosen_is_what_was_built() -> None:
 
 
 def test_layers_of_full_rank_are_left_alone() -> None:
-    result = half(0.0)
-    events = told(result)
+    given = samples(HALF, *images(256, seed=3))  # of fewer, rank 16 loses none that is held out
+    events = told(tune(HALF, HALF.copy(), given, Bounds(max_drop=0.0)))
     # a first one of rank 12 goes, the other stays wide or whole
     assert events["b"].kind == "rewrote"
     c = events["c"]
@@ -222,11 +222,11 @@ def test_what_is_lost_is_told_in_the_unit_it_is_judged_by() -> None:
     del proto.graph.node[-3:], proto.graph.output[:]
     maps = onnx.helper.make_tensor_value_info("rc", onnx.TensorProto.FLOAT, ["N", 96, 4, 4])
     proto.graph.output.append(maps)
-    bounds = Bounds(speedup=3, max_drop=0.01)
-    with pytest.raises(BoundError, match=r"; [345]\.\d\d× loses \d\S* % error$"):
+    bounds = Bounds(speedup=4.5, max_drop=0.01)
+    with pytest.raises(BoundError, match=r"; [45]\.\d\d× loses \d\S* % error$"):
         tuned(Model(proto), bounds)
     unlabelled = samples(HALF, labels=None)
-    with pytest.raises(BoundError, match=r"; [345]\.\d\d× loses \d\S* points$"):
+    with pytest.raises(BoundError, match=r"; [45]\.\d\d× loses \d\S* points$"):
         tune(HALF, HALF.copy(), unlabelled, bounds)
 
 

@@ -43,7 +43,7 @@ def runner(model: Model, layer: Linear, factors: Factors | None, threads: int) -
 def _alone(model: Model, layer: Linear, factors: Factors | None, like_this: Array) -> Model:
     proto = ModelProto(ir_version=max(model.proto.ir_version, 4), graph=GraphProto(name="layer"))
     proto.opset_import.extend(model.proto.opset_import)
-    alone = Model(proto, path=model.path)
+    alone = model.beside(proto)
     axes = [f"axis{number}" for number in range(like_this.ndim)]
     x, y = (gs.Variable(name, like_this.dtype, axes) for name in ("x", "y"))
     tensors = [known_constant(t) for t in layer.node.inputs[1:] if not t.is_empty()]

@@ -1,41 +1,38 @@
-"""Images a little shifted and mirrored, which a network has not learnt by heart.
+"""Images that a network has not learnt by heart, made of those there are.
 
-On the very images that it was trained on, a network says nothing of how it does on others.
-Calibration images often are such: a VGG-16 for CIFAR-10 gets 100 % of 2,000 of them right, but
-92.2 % of unseen ones. It gets 93.2 % right of the former once they are shifted and mirrored, as
-long as what they leave is filled with zeros: with the edge repeated it is 96.2 %, with the image
-reflected 97.3 %. A network that was trained on images shifted like that knows them, too: a
-ResNet-56 gets all of them right, against 93.0 % of unseen ones.
+On the very images that it was trained on, a network says nothing of how it does on others, and
+calibration images often are such. So models are judged on images that are mixed with another one:
+no network that was measured had been trained on those, and what a split does to its outputs there
+is what it does on unseen images. Shifted ones do not serve for that: a network that was trained on
+such knows them by heart, too. To fit splits to, where nothing is judged, they do.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from pwopt import runtime
-from pwopt.calibration.samples import LIMIT, Calibration, calibration_samples, fed_rows
-from pwopt.comparing import class_scores, probabilities
+from pwopt.calibration.samples import LIMIT, Calibration, calibration_samples
 from pwopt.data import Batch, Samples
 from pwopt.data.samples import Array
-from pwopt.model import Model
-from pwopt.shapes import Input, inputs
+from pwopt.shapes import Input
 
 Layout = Literal["NCHW", "NHWC"]
 
+_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
 FAR = 1 / 8
-"""How far images are shifted, as a part of height and width, to fit splits and to try them."""
+"""How far images are shifted, as a part of height and width, to fit splits."""
 
-NEAR = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
-"""How far they are shifted to judge models: no further than `unsure_reach` says."""
-
-SURE = 0.995
-"""A network that gives its first class this probability on average knows the images by heart."""
+KEPT = 0.8
+"""What remains of an image that is mixed with another one."""
 
 JUDGED_COPIES = 3
-"""Shifted copies of each image that models are judged by, beside the image itself."""
+"""Mixed copies of each image that models are judged by, beside the image itself."""
 
 CHANNELS = (1, 3, 4)
 """Gray, colour, and colour with transparency or depth."""
@@ -70,9 +67,9 @@ class Prepared:
 
     Attributes:
         fit: To fit splits to: images as they are, and one shifted copy of each.
-        tried: Held out, to try single splits on: shifted copies.
+        tried: Held out, to try single splits on: mixed copies.
         judged: Held out, to judge models by: the samples as they are, then groups of the same
-            ones in the same order, each with other shifts.
+            ones in the same order, each mixed with others.
 
     Samples without images are as they are everywhere, and `judged` is one group.
     """
@@ -87,51 +84,59 @@ def to_fit(chosen: Calibration, seed: int = 0) -> list[Batch]:
     return [*chosen.fit, *shifted(chosen.fit, seed=seed, reach=FAR)]
 
 
-def prepare(
-    model: Model, source: Samples, limit: int = LIMIT, *, threads: int = 1, seed: int = 0
-) -> Prepared:
-    """Choose samples, and shift the images among them.
+def prepare(source: Samples, limit: int = LIMIT, *, seed: int = 0) -> Prepared:
+    """Choose samples, and shift or mix the images among them; `seed` is that of the shifts.
 
     Raises:
         DataError: too few samples, or some that do not fit the model.
-        ModelError: onnxruntime cannot run the model.
     """
     chosen = calibration_samples(source, limit)
     held_out = chosen.held_out
-    reach = unsure_reach(model, held_out, threads=threads)
-    copies = [
-        shifted(held_out, seed=seed + 2 + number, reach=reach) for number in range(JUDGED_COPIES)
-    ]
+    copies = [mixed(held_out, turn=turn) for turn in range(JUDGED_COPIES)]
     return Prepared(
         fit=to_fit(chosen, seed),
-        tried=shifted(held_out, seed=seed + 1, reach=FAR) or held_out,
+        tried=mixed(held_out, turn=JUDGED_COPIES) or held_out,
         judged=[held_out, *filter(None, copies)],
     )
 
 
-def unsure_reach(
-    model: Model, batches: Sequence[Batch], *, threads: int = 1, seed: int = 0
-) -> float:
-    """Find how far images must be shifted for a network not to know them by heart.
+def mixed(batches: Sequence[Batch], *, turn: int) -> list[Batch]:
+    """Copy batches with the image of each sample mixed with that of another one.
 
-    That is the least of `NEAR` at which its first class has a probability below `SURE` on average.
-    Where there are no images or no classes, nothing tells, and the least is returned.
+    The other is the one `turn` + 1 samples further on among those of the same size, which begin
+    again after the last; the only one of its size stays as it is. Of the image itself `KEPT`
+    remains. All that is no image is what it was, and so are labels and the rows that only fill up
+    a batch. Several images of one sample are mixed alike.
 
-    Raises:
-        ModelError: onnxruntime cannot run the model.
+    Returns:
+        The copies alone, batch by batch; none of batches without images. They take the memory of
+        the batches' images once more.
     """
-    session, declared = runtime.session(model, threads=threads), inputs(model)
-    for reach in NEAR:
-        confidences = []
-        for batch in shifted(batches, seed=seed, reach=reach):
-            outputs = runtime.run(session, batch.feeds, name=model.name)
-            scores = class_scores(outputs, fed_rows(declared, batch))
-            if scores is None:
-                return NEAR[0]
-            confidences.append(probabilities(outputs[scores])[: batch.samples].max(axis=1))
-        if not confidences or np.concatenate(confidences).mean() < SURE:
-            return reach
-    return NEAR[-1]
+    samples: dict[_Shapes, list[tuple[Batch, int]]] = defaultdict(list)
+    for batch in batches:
+        samples[_shapes(batch)] += [(batch, row) for row in range(batch.samples)]
+    others = {}
+    for shapes, alike in samples.items():
+        step = 1 + turn % max(len(alike) - 1, 1)
+        others[shapes] = iter(alike[step:] + alike[:step])
+    return [
+        _mixed(batch, islice(others[shapes], batch.samples))
+        for batch in batches
+        if (shapes := _shapes(batch))
+    ]
+
+
+def _shapes(batch: Batch) -> _Shapes:
+    """Return the shape of each of a sample's images."""
+    return tuple((name, batch.feeds[name].shape[1:]) for name in _layouts(batch))
+
+
+def _mixed(batch: Batch, others: Iterable[tuple[Batch, int]]) -> Batch:
+    images = {name: batch.feeds[name].copy() for name in _layouts(batch)}
+    for row, (other, its_row) in enumerate(others):
+        for name, result in images.items():
+            result[row] = KEPT * result[row] + (1 - KEPT) * other.feeds[name][its_row]
+    return replace(batch, feeds=batch.feeds | images)
 
 
 def shifted(batches: Sequence[Batch], *, seed: int, reach: float) -> list[Batch]:

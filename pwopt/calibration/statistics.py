@@ -181,7 +181,7 @@ def _tapped(model: Model, taps: Sequence[_Tap]) -> Model:
     proto = model.to_proto()
     del proto.graph.output[:]
     proto.graph.output.extend(ValueInfoProto(name=n) for n in dict.fromkeys(t.tensor for t in taps))
-    return Model(proto, path=model.path)
+    return model.beside(proto)
 
 
 def _parts(batch: Batch, declared: Sequence[Input], size: int) -> Iterator[Batch]:

@@ -11,8 +11,6 @@ on are kept for all batches: in memory up to `MEMORY` bytes, else in files of a 
 once. Constants, and what is computed from them alone, belong to every model that reads them.
 """
 
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +21,10 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
 
-from pwopt import external, runtime
+from pwopt import runtime
 from pwopt.calibration.samples import fed_rows, real
 from pwopt.data import Batch
+from pwopt.files import ScratchFolder
 from pwopt.graph import Names
 from pwopt.linear import Linear
 from pwopt.model import Model
@@ -294,16 +293,12 @@ class _Step:
 class _Network:
     """The messages of a model: nodes that depend on inputs, and all that does not.
 
-    Its weights are in a file, in a temporary folder, which all parts share: they refer to it, and
-    onnxruntime maps it.
+    Its weights lie in a file, which all parts share.
     """
 
     def __init__(self, model: Model) -> None:
-        proto = model.to_proto()
-        self._folder = tempfile.mkdtemp(prefix="pwopt-")
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        with external.moved_out(proto, model.folder, Path(self._folder) / "network"):
-            self._path = model.path
+        self._model = model.moved_out()
+        proto = self._model.proto
         self._head = ModelProto(ir_version=max(proto.ir_version, 4), functions=proto.functions)
         self._head.opset_import.extend(proto.opset_import)
         self._head.graph.name = "part"
@@ -341,9 +336,7 @@ class _Network:
         proto.graph.sparse_initializer.extend(
             t for t in self._sparse_tensors if t.values.name in wanted
         )
-        part = Model(proto, path=self._path)
-        part.folder = self._folder
-        return part
+        return self._model.beside(proto)
 
 
 def _steps(network: _Network, layers: Mapping[str, Linear]) -> list[_Step]:
@@ -424,7 +417,7 @@ class _Store:
     def __init__(self) -> None:
         self._free = MEMORY
         self._numbers = count()
-        self._folder: Path | None = None
+        self._folder: ScratchFolder | None = None
 
     def put(self, array: Array) -> _Value:
         if array.nbytes <= self._free:
@@ -433,9 +426,8 @@ class _Store:
             weakref.finalize(value, self._give_back, array.nbytes)
             return value
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="pwopt-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        return _Stored(array, self._folder / f"{next(self._numbers)}.npy", self)
+            self._folder = ScratchFolder()
+        return _Stored(array, Path(self._folder) / f"{next(self._numbers)}.npy", self)
 
     def _give_back(self, size: int) -> None:
         self._free += size

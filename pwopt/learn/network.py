@@ -90,7 +90,7 @@ class Network(torch.nn.Module):
                 f"{', '.join(missing)}; replace them, or rewrite without learning"
             )
         self._original = model.copy()
-        graph = Model(self._original.proto, path=model.path).graph
+        graph = self._original.beside(self._original.proto).graph
         defaults = _defaults(self._original)
         self.inputs = [t.name for t in graph.inputs if t.name not in defaults]
         self.outputs = [t.name for t in graph.outputs]

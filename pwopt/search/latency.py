@@ -176,7 +176,7 @@ def in_place(
     Raises:
         ModelError: onnxruntime cannot load or run the model.
     """
-    unsplit = Model(model.to_proto(), path=model.path)
+    unsplit = model.copy()
     before, after = _shares(unsplit, layers, [{}, plan], feeds, threads)
     return {w: (before[w], after[w]) for w in plan if w in before and w in after}
 
@@ -274,7 +274,7 @@ def _measured(
     progress: Progress,
 ) -> Latencies:
     run_ms = _run_ms(model, feeds, threads)
-    unsplit = Model(model.to_proto(), path=model.path)
+    unsplit = model.copy()
     variants = plans(grid)
     weights = analysis.size(model).weight_bytes
     sizes = [weights + _growth(layers, plan) for plan in variants]
@@ -335,7 +335,7 @@ def _open(
     model: Model, layers: Sequence[Linear], plan: Plan, place: Path, threads: int
 ) -> tuple[Profile, dict[str, list[str]]]:
     """Open a variant to be profiled; tell which tensors the parts of each layer write."""
-    variant = Model(model.proto, path=model.path)
+    variant = model.beside(model.proto)
     nodes = {node.outputs[0].name: node for node in variant.graph.nodes if node.outputs}
     names = graph.Names(variant)
     parts = {}

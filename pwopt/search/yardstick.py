@@ -29,9 +29,9 @@ SECONDS = 3.0
 class Yardstick:
     """Holds the original against which models are measured.
 
-    The samples come as they are, then perhaps as groups of copies, shifted a little, in the same
-    order. They count one half and their copies the other: on its own training images a network is
-    too sure of itself, on shifted ones less sure than on unseen ones. Intervals know that copies of
+    The samples come as they are, then perhaps as groups of copies, mixed with other samples, in the
+    same order. They count one half and their copies the other: on its own training images a network
+    may lose less than on unseen ones, on mixed ones it loses more. Intervals know that copies of
     one sample are no new evidence.
 
     Without labels, what the original makes of a sample as it is stands for its label, of the copies

@@ -1,4 +1,4 @@
-"""Copies of images are shifted and mirrored; what is no image is left alone."""
+"""Copies of images are shifted and mirrored, or mixed; what is no image is left alone."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -6,18 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ASSETS, needs_assets, parse, random_feeds
+from helpers import ASSETS, needs_assets, parse
 
 from pwopt import runtime
 from pwopt.calibration.augment import (
-    FAR,
     JUDGED_COPIES,
-    NEAR,
+    KEPT,
     Layout,
     is_image,
+    mixed,
     prepare,
     shifted,
-    unsure_reach,
 )
 from pwopt.data import Batch, Samples, open_data
 from pwopt.model import Model
@@ -156,56 +155,85 @@ def test_no_copies_without_images() -> None:
     assert len(shifted([table, batch(2)], seed=0, reach=REACH)) == 1
 
 
-# -- how far, and which -----------------------------------------------------------------------
-
-CLASSIFIER = """
-    net (float[N,3,16,16] x) => (float[N,2] y) <float[2,3] w, float[2] b>
-    { g = GlobalAveragePool(x)  f = Flatten(g)  y = Gemm<transB = 1>(f, w, b) }
-"""
+# -- mixed ------------------------------------------------------------------------------------
 
 
-def classifier(slope: float, bright: float) -> Model:
-    """Make a network that is sure of images that are brighter than `bright` on average."""
-    weight = np.array([[slope, 0, 0], [0, 0, 0]])
-    return parse(CLASSIFIER, {"w": weight, "b": np.array([-slope * bright, 0])})
+def numbered(count: int, size: int = 16, start: int = 0) -> Batch:
+    """Make a batch of images of one colour each, which is 1 for sample 0, 10 for sample 1, ..."""
+    numbers = 10.0 ** np.arange(start, start + count)
+    x = np.broadcast_to(numbers[:, None, None, None], (count, 3, size, size)).copy()
+    return Batch({"x": x}, np.arange(start, start + count), count)
 
 
-def white(count: int, size: int = 16) -> Batch:
-    return Batch({"x": np.ones((count, 3, size, size), np.float32)}, None, count)
+def partners(batches: Sequence[Batch], turn: int) -> list[int]:
+    """Tell which sample each was mixed with: with 0.8 of its own colour stands 0.2 of that one."""
+    found = []
+    for source, copy in zip(batches, mixed(batches, turn=turn), strict=True):
+        for one, result in zip(source.feeds["x"], copy.feeds["x"], strict=True):
+            (rest,) = np.unique((result - KEPT * one) / (1 - KEPT))
+            number = int(np.log10(rest).round())
+            assert rest == pytest.approx(10.0**number)
+            found.append(number)
+    return found
 
 
-@pytest.mark.parametrize(
-    ("bright", "reach"),
-    [
-        (1.00, 1 / 32),  # unsure of all of them, moved or not
-        (0.93, 1 / 16),  # a pixel of zeros makes it unsure
-        (0.82, 1 / 8),
-        (0.70, 1 / 4),
-        (0.10, 1 / 4),  # sure of everything
-    ],
-)
-def test_images_are_shifted_until_the_network_is_unsure(bright: float, reach: float) -> None:
-    assert unsure_reach(classifier(100, bright), [white(64), white(64)]) == reach
+def test_each_image_is_mixed_with_another_one_every_turn() -> None:
+    batches = [numbered(3), numbered(3, start=3), numbered(1, start=6)]
+    assert partners(batches, 0) == [1, 2, 3, 4, 5, 6, 0]
+    assert partners(batches, 2) == [3, 4, 5, 6, 0, 1, 2]
+    assert partners(batches, 5) == [6, 0, 1, 2, 3, 4, 5]
+    assert partners(batches, 6) == partners(batches, 0)  # not with itself
 
 
-def test_rows_that_only_fill_up_a_batch_do_not_make_it_sure() -> None:
-    model = classifier(40, 0.99)
-    white_and_dark = np.concatenate([np.ones((2, 3, 16, 16)), np.full((254, 3, 16, 16), -9)])
-    filled = Batch({"x": white_and_dark.astype(np.float32)}, None, 2)
-    assert unsure_reach(model, [filled]) == 1 / 32
+@pytest.mark.parametrize("turn", range(4))
+def test_few_images_are_never_mixed_with_themselves(turn: int) -> None:
+    assert partners([numbered(2)], turn) == [1, 0]
+    assert partners([numbered(1), numbered(1, start=1)], turn) == [1, 0]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "net (float[N,3,16,16] x) => (float[N,3,16,16] y) { y = Identity(x) }",  # no classes
-        "net (float[N,7] x) => (float[N,7] y) { y = Softmax<axis = 1>(x) }",  # no images
-    ],
-)
-def test_where_nothing_tells_they_are_shifted_least(text: str) -> None:
-    model = parse(text)
-    rows = random_feeds(model, batch=8)
-    assert unsure_reach(model, [Batch(rows, None, 8)]) == min(NEAR)
+def test_images_are_mixed_with_those_of_their_size() -> None:
+    batches = [numbered(2), numbered(1, 20, start=2), numbered(1, start=3), numbered(1, 24, 4)]
+    copies = mixed(batches, turn=0)
+    assert partners([batches[0], batches[2]], 0) == [1, 3, 0]
+    for copy, expected in zip(copies[::2], mixed([batches[0], batches[2]], turn=0), strict=False):
+        np.testing.assert_array_equal(copy.feeds["x"], expected.feeds["x"])
+    for copy, alone in zip(copies[1::2], batches[1::2], strict=True):
+        np.testing.assert_allclose(copy.feeds["x"], alone.feeds["x"])
+
+
+def test_several_images_of_a_sample_are_mixed_alike() -> None:
+    x = images(5)
+    last = np.ascontiguousarray(-x.transpose(0, 2, 3, 1))
+    (copy,) = mixed([Batch({"left": x, "right": last}, None, 5)], turn=1)
+    np.testing.assert_array_equal(copy.feeds["left"], -copy.feeds["right"].transpose(0, 3, 1, 2))
+    np.testing.assert_allclose(copy.feeds["left"], 0.8 * x + 0.2 * x[[2, 3, 4, 0, 1]], rtol=1e-5)
+
+
+def test_all_else_is_kept_of_what_is_mixed() -> None:
+    table, style = np.ones((4, 7), np.float32), images(1)
+    feeds = {"x": images(4).astype(np.float16), "table": table, "style": style}
+    source = Batch(feeds, np.array([5, 6, 7]), 3)  # the last row only fills it up
+    (copy,) = mixed([source], turn=1)
+    assert copy.samples == 3
+    assert copy.labels is source.labels
+    assert copy.feeds["table"] is table
+    assert copy.feeds["style"] is style  # one for all samples
+    x, result = feeds["x"], copy.feeds["x"]
+    assert result.dtype == np.float16
+    np.testing.assert_array_equal(result[3], x[3])
+    np.testing.assert_allclose(result[:3], 0.8 * x[:3] + 0.2 * x[[2, 0, 1]], rtol=2e-3)
+    np.testing.assert_array_equal(x, images(4).astype(np.float16))
+
+
+def test_nothing_is_mixed_without_images() -> None:
+    table = Batch({"x": np.ones((4, 7), np.float32)}, None, 4)
+    assert mixed([table], turn=0) == []
+    assert len(mixed([table, batch(2)], turn=0)) == 1
+
+
+# -- which of them serves for what ------------------------------------------------------------
+
+IMAGES = parse("net (float[N,3,16,16] x) => (float[N,3,1,1] y) { y = GlobalAveragePool(x) }")
 
 
 def source(tmp_path: Path, model: Model, x: np.ndarray, **arrays: np.ndarray) -> Samples:
@@ -214,14 +242,14 @@ def source(tmp_path: Path, model: Model, x: np.ndarray, **arrays: np.ndarray) ->
     return open_data(path, model)
 
 
-def numbered(count: int) -> np.ndarray:
+def plain(count: int) -> np.ndarray:
     """Make images [count, 3, 16, 16] of one colour each, from 1 on."""
     numbers = np.arange(1, count + 1, dtype=np.float32)
     return np.broadcast_to(numbers[:, None, None, None], (count, 3, 16, 16)).copy()
 
 
 def colours(batches: Sequence[Batch]) -> list[int]:
-    """Tell which of the numbered images these are, though shifted."""
+    """Tell which of the plain images these are, though shifted."""
     return [int(image.max()) for batch in batches for image in batch.feeds["x"]]
 
 
@@ -231,8 +259,7 @@ def raw(groups: Sequence[Sequence[Batch]]) -> set[bytes]:
 
 def test_copies_follow_their_originals_and_labels(tmp_path: Path) -> None:
     labels = np.arange(1, 41)
-    samples = source(tmp_path, classifier(0, 0), numbered(40), labels=labels)
-    ready = prepare(classifier(0, 0), samples)
+    ready = prepare(source(tmp_path, IMAGES, plain(40), labels=labels))
     fitted, judged = colours(ready.fit), colours(ready.judged[0])
     assert sorted({*fitted, *judged}) == list(labels)
     assert not {*fitted} & {*judged}
@@ -242,56 +269,44 @@ def test_copies_follow_their_originals_and_labels(tmp_path: Path) -> None:
     assert any((batch.feeds["x"] == 0).any() for batch in ready.fit[half:])
     assert len(ready.judged) == 1 + JUDGED_COPIES
     for group in (ready.tried, *ready.judged):
-        assert colours(group) == judged
         assert [*np.concatenate([batch.labels for batch in group])] == judged
-
-
-def edge(batches: Sequence[Batch]) -> int:
-    """Count the rows of pixels that the farthest shift leaves black."""
-    images = [image for batch in batches for image in batch.feeds["x"]]
-    return max(int((image[0] == 0).all(axis=1).sum()) for image in images)
-
-
-@pytest.mark.parametrize(("model", "pixels"), [(classifier(0, 0), 0), (classifier(99, -9), 4)])
-def test_models_are_judged_as_far_out_as_it_takes(
-    tmp_path: Path, model: Model, pixels: int
-) -> None:
-    ready = prepare(model, source(tmp_path, model, numbered(64)))
-    assert edge([batch for group in ready.judged for batch in group]) == pixels
-    assert edge(ready.fit) == edge(ready.tried) == 16 * FAR
+    for group in (ready.tried, *ready.judged[1:]):
+        others = []
+        for image, own in zip((i for b in group for i in b.feeds["x"]), judged, strict=True):
+            (colour,) = np.unique(image)
+            others.append(round(5 * (float(colour) - 0.8 * own)))
+        assert sorted(others) == sorted(judged)  # held out, too
+        assert all(other != own for other, own in zip(others, judged, strict=True))
 
 
 def test_every_copy_is_another(tmp_path: Path) -> None:
-    model = classifier(99, -9)
-    ready = prepare(model, source(tmp_path, model, numbered(64)))
-    as_is, *copies = ready.judged
-    assert len(raw([ready.tried, as_is, *copies])) == 2 + JUDGED_COPIES
-    assert all((batch.feeds["x"] > 0).all() for batch in as_is)
-    for copy in copies:
-        assert any((batch.feeds["x"] == 0).any() for batch in copy)
+    ready = prepare(source(tmp_path, IMAGES, plain(64)))
+    assert len(raw([ready.tried, *ready.judged])) == 2 + JUDGED_COPIES
 
 
-def test_the_same_seed_gives_the_same_copies(tmp_path: Path) -> None:
-    model = classifier(99, -9)
-    samples = source(tmp_path, model, numbered(24))
-    first, again, other = (prepare(model, samples, seed=seed) for seed in (0, 0, 9))
-    for drawn in (lambda r: r.judged[1:], lambda r: [r.tried], lambda r: [r.fit]):
-        one, same, another = (raw(drawn(ready)) for ready in (first, again, other))
-        assert one == same
-        assert not one & another
-    # What is held out stays, as it is.
-    assert raw(first.judged[:1]) == raw(again.judged[:1]) == raw(other.judged[:1])
+def test_a_model_that_takes_one_image_is_judged_on_mixed_ones(tmp_path: Path) -> None:
+    one = parse("net (float[1,3,16,16] x) => (float[1,3,1,1] y) { y = GlobalAveragePool(x) }")
+    ready = prepare(source(tmp_path, one, plain(40)))
+    assert {batch.samples for group in ready.judged for batch in group} == {1}
+    assert len(raw([ready.tried, *ready.judged])) == 2 + JUDGED_COPIES
+
+
+def test_the_seed_is_that_of_the_shifts(tmp_path: Path) -> None:
+    samples = source(tmp_path, IMAGES, plain(24))
+    first, again, other = (prepare(samples, seed=seed) for seed in (0, 0, 9))
+    assert raw([first.fit]) == raw([again.fit]) != raw([other.fit])
+    held_out = [raw([ready.tried, *ready.judged]) for ready in (first, again, other)]
+    assert held_out[0] == held_out[1] == held_out[2]
 
 
 def test_samples_beyond_the_limit_are_left_out(tmp_path: Path) -> None:
-    model = classifier(0, 0)
-    ready = prepare(model, source(tmp_path, model, numbered(40)), limit=16)
+    ready = prepare(source(tmp_path, IMAGES, plain(40)), limit=16)
     assert len({*colours(ready.fit), *colours(ready.judged[0])}) == 16
 
 
 def test_without_images_there_are_only_the_samples(tmp_path: Path) -> None:
     model = parse("net (float[N,7] x) => (float[N,7] y) { y = Softmax<axis = 1>(x) }")
-    ready = prepare(model, source(tmp_path, model, np.ones((32, 7), np.float32)))
+    ready = prepare(source(tmp_path, model, np.ones((32, 7), np.float32)))
     assert sum(batch.samples for batch in ready.fit) == 24
     assert [sum(batch.samples for batch in group) for group in ready.judged] == [8]
     assert ready.tried == ready.judged[0]
@@ -299,17 +314,23 @@ def test_without_images_there_are_only_the_samples(tmp_path: Path) -> None:
 
 @needs_assets
 def test_a_network_errs_on_copies_of_what_it_was_trained_on() -> None:
-    model = Model.load(ASSETS / "models/vgg16_cifar10.onnx")
-    source = open_data(ASSETS / "data/cifar10_calib.npz", model, preprocess="unit", batch=128)
-    batches = [*islice(source, 2)]
-    session = runtime.session(model)
+    right: dict[str, list[float]] = {}
+    for name in ("vgg16_cifar10", "resnet56_cifar10"):
+        model = Model.load(ASSETS / f"models/{name}.onnx")
+        source = open_data(ASSETS / "data/cifar10_calib.npz", model, preprocess="unit", batch=128)
+        batches = [*islice(source, 2)]
+        copies = shifted(batches, seed=0, reach=REACH), mixed(batches, turn=0)
+        right[name] = [accuracy(model, group) for group in (batches, *copies)]
+    for as_it_is, _, with_another in right.values():
+        assert as_it_is == 1.0
+        assert 0.95 < with_another < 1.0
+    assert 0.88 < right["vgg16_cifar10"][1] < 0.96  # 0.92 of unseen images
+    assert right["resnet56_cifar10"][1] == 1.0  # it was trained on such
 
-    def accuracy(batches: list[Batch]) -> float:
-        right = []
-        for batch in batches:
-            (logits,) = runtime.run(session, batch.feeds, name=model.name).values()
-            right.append(logits.argmax(1) == batch.labels)
-        return float(np.mean(right))
 
-    assert accuracy(batches) == 1.0
-    assert 0.88 < accuracy(shifted(batches, seed=0, reach=REACH)) < 0.96  # 0.92 of unseen images
+def accuracy(model: Model, batches: Sequence[Batch]) -> float:
+    session, right = runtime.session(model), []
+    for batch in batches:
+        (logits,) = runtime.run(session, batch.feeds, name=model.name).values()
+        right.append(logits.argmax(1) == batch.labels)
+    return float(np.mean(right))

@@ -1,5 +1,6 @@
 """Walking through a network ends where running it does, replaced layers or not."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -286,7 +287,7 @@ def test_a_replacement_of_another_shape_is_refused() -> None:
 
 def test_files_are_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walking, "MEMORY", 0)
-    monkeypatch.setattr(walking.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = parse(CHAIN)
     walk = Walk(model, layers(model), feed(model, 2))
     most = max(sum(1 for _ in tmp_path.rglob("*.npy")) for _ in walk)
