@@ -154,4 +154,4 @@ def _program(
 
 
 def _or_one(values: Any) -> Any:
-    return np.where(values > 0, values, 1)
+    return np.where(values > 1e-300, values, 1)  # to divide by; smaller ones are as good as 0
