@@ -23,7 +23,9 @@ types: .venv/dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
+# torch first, and by itself: a build for CPUs, which nothing after it replaces.
 .venv/dev: .venv/base
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

@@ -30,6 +30,10 @@ MIN_CHANNELS = 32
 LEAST_SPEEDUP = 1.1
 """A split at a given rank must promise this much, or the layer stays as it is."""
 
+RELU = ".bottleneck.relu"
+"""What the name of a Relu within a bottleneck ends in, and that of what it writes; a number may
+follow. Nothing else tells it from a network's own, whose neighbour may well be split."""
+
 AIM = 2.0
 """Where no rank is given, the largest rank that makes the layer this many times faster is it."""
 
@@ -207,10 +211,25 @@ def _kept_energy(weight: gs.Constant, where: str) -> Energy:
 
 
 def has_bottleneck(node: gs.Node) -> bool:
-    """Tell whether a narrowing 1×1 stands right before a Conv, or a widening one right behind."""
+    """Tell whether a narrowing 1×1 stands right before a Conv, or a widening one right behind.
+
+    A Relu may stand between them if `relu-bottlenecks` has put it there.
+    """
     before, output = producer(node.inputs[0]), node.outputs[0]
+    if before is not None and _is_within_bottleneck(before):
+        before = producer(before.inputs[0])
+    behind = [
+        other
+        for reader in output.outputs
+        for other in (reader.outputs[0].outputs if _is_within_bottleneck(reader) else [reader])
+    ]
     narrows = before is not None and _pointwise_widening(before) < 0
-    return narrows or any(_pointwise_widening(reader) > 0 for reader in output.outputs)
+    return narrows or any(_pointwise_widening(reader) > 0 for reader in behind)
+
+
+def _is_within_bottleneck(node: gs.Node) -> bool:
+    name = str(node.outputs[0].name) if is_op(node, "Relu") else ""
+    return name.rstrip("_0123456789").endswith(RELU)
 
 
 def _pointwise_widening(node: gs.Node) -> int:

@@ -19,6 +19,7 @@ from pwopt.passes.gemm_to_conv import GemmToConv
 from pwopt.passes.hoist_stride import HoistStride
 from pwopt.passes.merge_linear_convs import MergeLinearConvs
 from pwopt.passes.pool_before_pointwise import PoolBeforePointwise
+from pwopt.passes.relu_bottlenecks import ReluBottlenecks
 from pwopt.rewriting import Pass, Pipeline
 from pwopt.spec import parse_pipeline
 
@@ -35,6 +36,7 @@ _BUILT_IN: tuple[type[Pass], ...] = (
     GemmToConv,
     ConvToGemm,
     Bottleneck,
+    ReluBottlenecks,
 )
 
 

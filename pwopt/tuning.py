@@ -22,7 +22,7 @@ from pwopt.rewriting import Event
 from pwopt.search import latency, sensitivity
 from pwopt.search.front import Front
 from pwopt.search.latency import Latencies
-from pwopt.search.search import Bounds, Search, Trial
+from pwopt.search.search import WORST_HARM, Bounds, Search, Trial
 from pwopt.search.yardstick import Yardstick
 from pwopt.shapes import InputShapes, Shape, bind, infer
 
@@ -58,6 +58,7 @@ def tune(
     threads: int = 1,
     batch: int = 1,
     seed: int = 0,
+    worst_harm: float = WORST_HARM,
     progress: Progress | None = None,
 ) -> Tuned:
     """Split layers of `model` so that the bounds hold.
@@ -74,6 +75,7 @@ def tune(
         threads: Threads to measure with.
         batch: Batch to measure at.
         seed: Of the images' shifts and of bootstraps.
+        worst_harm: What is foretold to do more harm (nats, or relative error) is not built.
         progress: Told how far it is.
 
     Raises:
@@ -120,6 +122,7 @@ def tune(
         shapes=shapes,
         batch=batch,
         cores=cores,
+        worst_harm=worst_harm,
         progress=progress,
     )
     best = search.find(bounds)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 # As in pwopt.cli; the test processes share the machine. Before numpy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from hypothesis import settings

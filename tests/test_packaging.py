@@ -26,6 +26,7 @@ HEAVY = {
     "highspy",
     "matplotlib",
     "scipy",
+    "torch",
 }
 
 
@@ -122,7 +123,9 @@ def test_imports_are_light(module: str) -> None:
     assert HEAVY & {*done.stdout.split()} == set()
 
 
-@pytest.mark.parametrize("arguments", ["--help", "--version", "analyze --help", "rewrite --help"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "--version", "analyze --help", "rewrite --help", "learn --help"]
+)
 def test_help_is_light(arguments: str) -> None:
     script = (
         "import sys, pwopt.cli\n"

@@ -148,7 +148,7 @@ def test_two_plugins_of_one_name_do_not_both_win(
 
 def test_built_in_passes_come_first() -> None:
     known = list(passes())
-    assert (known[0], known[-1]) == ("fold-affine", "bottleneck")
+    assert (known[0], known[-1]) == ("fold-affine", "relu-bottlenecks")
     assert {"hoist-stride", "gemm-to-conv"} < set(known)
 
 

@@ -16,8 +16,11 @@ from pwopt.errors import PwoptError, printable
 # OpenBLAS's threads wait for one another in busy loops: on a machine that does other work as well,
 # two of them were measured 20 to 50 times slower than one. Read when numpy is first imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# torch's threads do the same (those of OpenMP): beside other work, learning was measured ten times
+# slower. Read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-COMMANDS = ("analyze", "rewrite", "check", "passes", "demo")
+COMMANDS = ("analyze", "rewrite", "learn", "check", "passes", "demo")
 
 
 class _LazyGroup(click.Group):

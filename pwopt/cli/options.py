@@ -4,10 +4,18 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from pwopt.progress import Progress
+
+if TYPE_CHECKING:
+    from pwopt.learn.stage import Status
+    from pwopt.learn.wishes import Say, Watch
 
 
 class ShapeParam(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
@@ -63,24 +71,115 @@ preprocess_option = click.option(
 )
 
 
+minutes_option = click.option(
+    "--minutes",
+    type=float,
+    default=10.0,
+    metavar="M",
+    help="How long to learn, roughly.  [default: 10]",
+)
+
+device_option = click.option(
+    "--device",
+    type=click.Choice(("auto", "cpu", "cuda")),
+    default="auto",
+    help="Where to learn: auto takes a GPU if there is one.  [default: auto]",
+)
+
+checkpoint_option = click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Save the state of learning here every few minutes; deleted when all is done.",
+)
+
+resume_option = click.option(
+    "--resume", is_flag=True, help="Go on from --checkpoint, if it is there, as if never killed."
+)
+
+
+def is_given(ctx: click.Context, option: str) -> bool:
+    """Tell whether an option stands on the command line."""
+    return ctx.get_parameter_source(option) is ParameterSource.COMMANDLINE
+
+
+def is_first() -> bool:
+    """Tell whether this is the process that writes and prints, of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Refuse files to be written in folders that are not there."""
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise click.UsageError(f"There is no folder {path.parent}; make it, or name another.")
+
+
+def finish(checkpoint: Path | None, *, interrupted: bool) -> None:
+    """Delete the checkpoint of a run that is done, or say what else became of it."""
+    if not interrupted:
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        return
+    is_there = checkpoint is not None and checkpoint.exists()
+    later = "; the same command with --resume goes on" if is_there else ""
+    click.echo(f"Interrupted: the best weights so far are kept{later}", err=True)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Where work and learning report to.
+
+    Attributes:
+        progress: Told how far work is; None where nobody would see it.
+        watch: Told how far learning is.
+        say: Prints a line on stderr.
+    """
+
+    progress: Progress | None
+    watch: "Watch"
+    say: "Say"
+
+
 @contextmanager
 def progress_bar() -> Iterator[Progress | None]:
-    """Show what is being done, with the time left, on stderr if that is a terminal.
+    """Show what is being done, with the time left, on stderr if that is a terminal."""
+    with learning_bar() as bar:
+        yield bar.progress
+
+
+@contextmanager
+def learning_bar() -> Iterator[Bar]:
+    """Show what is being done or learned, with the time left, on stderr if that is a terminal.
 
     It is drawn when something is reported and at no other time: that would disturb what is timed.
     """
-    if not sys.stderr.isatty():
-        yield None
+    if not (sys.stderr.isatty() and is_first()):
+        yield Bar(None, lambda stage, status: None, lambda line: click.echo(line, err=True))
         return
+    from time import monotonic
+
     from rich import progress
     from rich.console import Console
 
-    with progress.Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("loading", total=None)
+    columns = (*progress.Progress.get_default_columns(), progress.TextColumn("{task.fields[more]}"))
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    with progress.Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("loading", total=None, more="")
+        drawn = 0.0
 
-        def report(what: str, done: int, total: int | None) -> None:
+        def report(what: str, done: int, total: int | None, more: str = "") -> None:
             if what != bar.tasks[0].description:
                 bar.reset(task)
-            bar.update(task, description=what, completed=done, total=total, refresh=True)
+            bar.update(task, description=what, completed=done, total=total, more=more, refresh=True)
 
-        yield report
+        def watch(stage: str, status: "Status") -> None:
+            nonlocal drawn
+            if monotonic() - drawn < 0.2 and status.step < status.steps:
+                return
+            drawn = monotonic()
+            same = "" if status.agreement is None else f", {status.agreement:.1%} agree"
+            more = f"loss {status.loss:.3g}, held out {status.held_out:.3g}{same}"
+            report(f"learning {stage}", status.step, status.steps, more)
+
+        yield Bar(report, watch, console.print)

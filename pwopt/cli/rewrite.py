@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
-from click.core import ParameterSource
 
 from pwopt.cli.options import (
+    check_writable,
+    checkpoint_option,
     data_option,
+    device_option,
+    finish,
+    is_given,
     json_option,
+    learning_bar,
+    minutes_option,
     preprocess_option,
-    progress_bar,
+    resume_option,
     shape_option,
     threads_option,
 )
@@ -20,15 +26,18 @@ from pwopt.cli.options import (
 if TYPE_CHECKING:
     from pwopt.candidates import Choice
     from pwopt.judging import Gate
-    from pwopt.workflow import Init
+    from pwopt.learn.wishes import Device
+    from pwopt.workflow import Activation, Init
 
 SIDES: tuple["Choice", ...] = ("auto", "input", "output", "both")
 GATES: tuple["Gate", ...] = ("measured", "macs", "always")
-INITS: tuple["Init", ...] = ("auto", "svd", "calibrated")
+INITS: tuple["Init", ...] = ("auto", "svd", "calibrated", "learned")
+ACTIVATIONS: tuple["Activation", ...] = ("linear", "relu")
 
 _FOR_AUTO = ("speedup", "max_drop", "max_macs", "max_params", "confident", "cost", "pareto")
 _FOR_MEASURING = ("gate", "threads", "batch")
 _FOR_DATA = ("preprocess", "samples", "seed")
+_FOR_LEARNING = ("minutes", "device", "checkpoint", "resume", "activation")
 
 
 class RankParam(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
@@ -71,8 +80,8 @@ class RankParam(click.ParamType):  # type: ignore[type-arg]  # generic since cli
     "--init",
     type=click.Choice(INITS),
     default="auto",
-    help="Where weights come from: svd of the layer's own, or calibrated on --data.  "
-    "[default: calibrated if there is --data]",
+    help="Where weights come from: svd of the layer's own, calibrated on --data, or learned from "
+    "there on.  [default: calibrated if there is --data]",
 )
 @data_option
 @preprocess_option
@@ -113,9 +122,19 @@ class RankParam(click.ParamType):  # type: ignore[type-arg]  # generic since cli
     type=click.IntRange(min=8),
     default=1024,
     metavar="N",
-    help="Samples of --data to use at most.  [default: 1024]",
+    help="Samples of --data to calibrate on at most; all are learned from.  [default: 1024]",
 )
 @click.option("--seed", type=int, default=0, help="Of whatever is random.  [default: 0]")
+@minutes_option
+@click.option(
+    "--activation",
+    type=click.Choice(ACTIVATIONS),
+    default="linear",
+    help="What stands inside a learned bottleneck: nothing, or a Relu.  [default: linear]",
+)
+@device_option
+@checkpoint_option
+@resume_option
 @click.option(
     "--exact",
     is_flag=True,
@@ -157,6 +176,11 @@ def command(
     pareto: Path | None,
     samples: int,
     seed: int,
+    minutes: float,
+    activation: "Activation",
+    device: "Device",
+    checkpoint: Path | None,
+    resume: bool,
     exact: bool,
     gate: "Gate | None",
     threads: int,
@@ -172,7 +196,7 @@ def command(
 
     Exits with 3, and writes nothing, where no model within the bounds is found.
     """
-    auto = bottleneck == "auto"
+    auto, learns = bottleneck == "auto", init == "learned"
     if (bottleneck is None and not exact) == (pipeline is None):
         raise click.UsageError("Give --bottleneck R or --exact or both, or else --pipeline SPEC.")
     if bottleneck is None and sides is not None:
@@ -181,9 +205,12 @@ def command(
         )
     if auto and sides not in (None, "auto"):
         raise click.UsageError("--sides goes with a rank; --bottleneck auto chooses them itself.")
-    _check_company(ctx, _FOR_MEASURING, exact or auto, "--exact")
+    _check_company(ctx, _FOR_MEASURING, exact or auto or learns, "--exact")
     _check_company(ctx, _FOR_AUTO, auto, "--bottleneck auto")
     _check_company(ctx, _FOR_DATA, data is not None, "--data")
+    _check_company(ctx, _FOR_LEARNING, learns, "--init learned")
+    if resume and checkpoint is None:
+        raise click.UsageError("--resume goes with --checkpoint.")
 
     if output is None and model.exists() and not (model.is_file() or model.is_dir()):
         raise click.UsageError("Say with -o where the result goes: the model is no plain file.")
@@ -191,16 +218,18 @@ def command(
     if target.resolve() == model.resolve():
         raise click.UsageError("-o is the model itself, which check will want to compare with.")
     picture = pareto.with_suffix(".png") if pareto is not None else None
-    written = [path.resolve() for path in (target, pareto, picture) if path is not None]
+    files = (target, pareto, picture, checkpoint)
+    written = [path.resolve() for path in files if path is not None]
     read = [model.resolve(), *([Path(data).resolve()] if data is not None else [])]
     if len({*written, *read}) < len(written) + len(read):
-        raise click.UsageError("Give -o and --pareto (with a .png beside it) files of their own.")
-    for path in (output, pareto):
-        if path is not None and not path.parent.is_dir():
-            raise click.UsageError(f"There is no folder {path.parent}; make it, or name another.")
+        raise click.UsageError(
+            "Give -o, --checkpoint and --pareto (with a .png beside it) files of their own."
+        )
+    check_writable(output, pareto, checkpoint)
     if confident and max_drop is None and speedup is not None:
         raise click.UsageError("--confident goes with --max-drop.")
 
+    from pwopt.learn.wishes import Wishes
     from pwopt.report import front as curve
     from pwopt.report import rewriting as report
     from pwopt.search.search import Bounds
@@ -213,9 +242,12 @@ def command(
         max_params=max_params,
         confident=confident,
     )
-    if bounds == Bounds(confident=confident):
+    if bounds == Bounds(confident=confident) and not learns:
         bounds = replace(bounds, max_drop=DEFAULT.max_drop)
-    with progress_bar() as progress:
+    learning = Wishes(
+        minutes=minutes, device=device, seed=seed, checkpoint=checkpoint, resume=resume
+    )
+    with learning_bar() as bar:
         result = rewrite(
             model,
             bottleneck=bottleneck,
@@ -227,6 +259,8 @@ def command(
             cost=cost,
             curve=pareto is not None,
             samples=samples,
+            learning=learning,
+            activation=activation,
             exact=exact,
             gate=gate,
             pipeline=pipeline,
@@ -234,7 +268,9 @@ def command(
             threads=threads,
             batch=batch,
             seed=seed,
-            progress=progress,
+            progress=bar.progress,
+            watch=bar.watch,
+            say=bar.say,
         )
     result.model.save(target)
     if as_json:
@@ -248,7 +284,13 @@ def command(
             click.echo(f"Wrote {pareto} and {picture}", err=True)
         else:
             click.echo(f"Wrote {pareto}; for a picture too: pip install 'pwopt[plots]'", err=True)
+    learned = result.learned
+    failure = None if learned is None else learned.failure
+    if failure is None:
+        finish(checkpoint, interrupted=learned is not None and learned.interrupted)
     click.echo(report.next_step(model, target), err=True)
+    if failure is not None:
+        raise failure
 
 
 def _check_company(
@@ -256,5 +298,5 @@ def _check_company(
 ) -> None:
     """Refuse options that say nothing without another one."""
     for option in options:
-        if not is_there and ctx.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+        if not is_there and is_given(ctx, option):
             raise click.UsageError(f"--{option.replace('_', '-')} goes with {company}.")

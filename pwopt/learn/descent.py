@@ -20,8 +20,8 @@ Parameters = Mapping[str, Parameter]
 class Descent(Generic[B]):
     """Changes parameters so that the loss of a batch falls.
 
-    On a GPU that has bfloat16 the loss is computed in mixed precision (`torch.autocast`). That
-    type has float32's range, so the loss needs no scaling.
+    Where the device computes in bfloat16, the loss is computed in mixed precision
+    (`torch.autocast`). That type has float32's range, so the loss needs no scaling.
     """
 
     def __init__(
@@ -84,6 +84,13 @@ class Descent(Generic[B]):
 
     def _of(self, batch: B) -> Tensor:
         device = self._parameters[0].device.type
-        mixed = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        with torch.autocast(device, torch.bfloat16, enabled=mixed):
+        with torch.autocast(device, torch.bfloat16, enabled=has_bfloat16(device)):
             return self._loss(batch)
+
+
+def has_bfloat16(device: str) -> bool:
+    """Tell whether a device multiplies in bfloat16, rather than converting back and forth."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    tell = getattr(torch.cpu, "get_capabilities", None)  # since torch 2.11
+    return tell is not None and any(tell().get(name) for name in ("avx512_bf16", "amx_bf16"))

@@ -7,11 +7,8 @@ teacher's outputs. Each stage keeps the weights that did best on samples held ou
 is never worse there than the start.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -20,19 +17,19 @@ from torch import Tensor
 
 from pwopt.calibration.augment import mixed
 from pwopt.data import Samples
-from pwopt.errors import LearnError
+from pwopt.errors import DataError, LearnError
 from pwopt.graph import is_op
 from pwopt.learn.augment import augment
 from pwopt.learn.batches import Batches, TrainingBatch, batches_of, held_out, tensors
 from pwopt.learn.checkpoint import Checkpoint, fingerprint
 from pwopt.learn.distributed import Processes, choose_device, together
 from pwopt.learn.network import Network
-from pwopt.learn.objective import TEMPERATURE, Distillation, reconstruction
-from pwopt.learn.stage import Options, Report, Status
-from pwopt.learn.training import train
+from pwopt.learn.objective import Distillation, reconstruction
+from pwopt.learn.stage import Options, Status
+from pwopt.learn.training import restore, snapshot, train
+from pwopt.learn.wishes import HeldOut, Learned, Say, Watch, Wishes
 from pwopt.model import Model
 
-Device = Literal["auto", "cpu", "cuda"]
 Feeds = Mapping[str, Tensor]
 
 ACTIVATIONS = ("Clip", "LeakyRelu", "PRelu", "Relu")
@@ -41,81 +38,14 @@ BLOCKS = 0.2
 """The share of the time, or of the steps, in which blocks learn by themselves."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
-    """How to learn.
-
-    Attributes:
-        minutes: How long, roughly, in all; None where `steps` are given.
-        steps: How many steps, exactly.
-        blocks: Let every block learn by itself first.
-        rate: The highest learning rate; None to find it by a range test.
-        batch: Samples in a step, unless the model fixes it; together, of several processes.
-        temperature: What class scores are divided by before they are compared.
-        label_weight: What the cross entropy with labels counts beside the teacher.
-        device: Where to compute.
-        seed: Of the samples' order and augmentation.
-        checkpoint: Where the state is saved every few minutes, to be resumed after a kill.
-        resume: Go on from that file, if it is there.
-    """
-
-    minutes: float | None = 10.0
-    steps: int | None = None
-    blocks: bool = True
-    rate: float | None = None
-    batch: int = 64
-    temperature: float = TEMPERATURE
-    label_weight: float = 0.0
-    device: Device = "auto"
-    seed: int = 0
-    checkpoint: Path | None = None
-    resume: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOut:
-    """How a student does on samples that it does not learn from, and on mixtures of them.
-
-    Attributes:
-        loss: Of the outputs, see `pwopt.learn.objective.Distillation`.
-        agreement: The share of samples whose class is the teacher's; None without class scores.
-    """
-
-    loss: float
-    agreement: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """What came of learning.
-
-    Attributes:
-        model: The student with its new weights; everything else is as it was.
-        stages: What each stage did.
-        before: How the student did on held-out samples.
-        after: How it does now.
-        samples: How many were learned from; None of a stream.
-        held_out: How many were held out.
-        device: Where it was computed.
-    """
-
-    model: Model
-    stages: tuple[Report, ...]
-    before: HeldOut
-    after: HeldOut
-    samples: int | None
-    held_out: int
-    device: str
-
-
 def learn(
     student: Model,
     teacher: Model,
     samples: Samples,
     wishes: Wishes,
     *,
-    watch: Callable[[str, Status], None] = lambda stage, status: None,
-    say: Callable[[str], None] = lambda line: None,
+    watch: Watch = lambda stage, status: None,
+    say: Say = lambda line: None,
 ) -> Learned:
     """Train the weights of `student`, which itself stays as it is, to do what `teacher` does.
 
@@ -124,8 +54,8 @@ def learn(
         teacher: The one it learns from; of the same inputs and outputs.
         samples: What to learn from; labels are only used if `label_weight` is not 0.
         wishes: How to learn.
-        watch: Called after each step, with the stage's name.
-        say: Called with lines to be read.
+        watch: Called after each step, in the first process only.
+        say: Called with lines to be read, in the first process only.
 
     Raises:
         LearnError: an operator that cannot be learned; inputs or outputs that differ; a checkpoint
@@ -135,7 +65,7 @@ def learn(
     device = choose_device(wishes.device)
     with together(device) as processes:
         lesson = _Lesson(student, teacher, samples, wishes, device, processes)
-        return lesson.hold(watch, say)
+        return lesson.hold(watch, say if processes.first else lambda line: None)
 
 
 class _Lesson:
@@ -174,6 +104,7 @@ class _Lesson:
             self.taught[0],
             len(next(iter(first.feeds.values()))),
             temperature=wishes.temperature,
+            weights=_output_weights(wishes, self.taught[0]),
             label_weight=wishes.label_weight,
         )
         self.key = fingerprint(
@@ -184,42 +115,59 @@ class _Lesson:
             *(array.tobytes() for batch in as_they_are for array in batch.feeds.values()),
             repr((self.batches.count, processes.count, wishes.blocks, wishes.rate, wishes.batch)),
             repr((wishes.temperature, wishes.label_weight, wishes.seed)),
+            repr(sorted(wishes.output_weights.items())),
             repr((wishes.minutes, wishes.steps)),
         )
 
-    def hold(self, watch: Callable[[str, Status], None], say: Callable[[str], None]) -> Learned:
+    def hold(self, watch: Watch, say: Say) -> Learned:
         """Go through the stages."""
         checkpoint = None
         if self.wishes.checkpoint is not None:
             begin = Checkpoint.resume if self.wishes.resume else Checkpoint
             checkpoint = begin(self.wishes.checkpoint, self.key)
-        before = self.judged()
-        reports = []
+        weights = dict(self.student.weights)
+        start, before = snapshot(weights), self.judged()
+        reports, failure = [], None
         for stage, loss, judge, options in self.stages():
-            report = train(
-                dict(self.student.weights),
-                loss,
-                self.batches.from_step,
-                judge,
-                options,
-                stage=stage,
-                checkpoint=checkpoint,
-                processes=self.processes,
-                watch=partial(watch, stage),
-                say=say,
-            )
+
+            def watch_stage(status: Status, stage: str = stage) -> None:
+                watch(stage, replace(status, agreement=self.agreement))
+
+            try:
+                report = train(
+                    weights,
+                    loss,
+                    self.batches.from_step,
+                    judge,
+                    options,
+                    stage=stage,
+                    checkpoint=checkpoint,
+                    processes=self.processes,
+                    watch=watch_stage,
+                    say=say,
+                )
+            except DataError as error:  # as of one sample among many; the best weights are in place
+                failure = error
+                break
             reports.append(report)
             say(report.message)
             if report.ended == "interrupted":
                 break
+        after = self.judged()
+        if failure and (self.processes.count > 1 or not after.loss < before.loss):
+            raise failure
+        if after.loss > before.loss:  # blocks may do better by themselves, but not together
+            restore(weights, start)
+            after = before
         return Learned(
             model=self.student.trained(),
             stages=tuple(reports),
             before=before,
-            after=self.judged(),
+            after=after,
             samples=self.batches.count,
             held_out=self.held_out_count,
             device=str(self.device),
+            failure=failure,
         )
 
     def stages(
@@ -227,9 +175,13 @@ class _Lesson:
     ) -> Iterator[tuple[str, Callable[[TrainingBatch], Tensor], Callable[[], float], Options]]:
         """Yield the name of each stage, its loss, how it is judged, and how long it takes."""
         share = BLOCKS if self.wishes.blocks and self.borders else 0.0
+
+        def judge() -> float:
+            return self.judged().loss  # of the whole network: blocks by themselves may undo it
+
         if share:
-            yield "blocks", self.block_loss, self.block_judge, self.options(share)
-        yield "outputs", self.output_loss, lambda: self.judged().loss, self.options(1 - share)
+            yield "blocks", self.block_loss, judge, self.options(share)
+        yield "outputs", self.output_loss, judge, self.options(1 - share)
 
     def options(self, share: float) -> Options:
         """Return how to spend this share of the time."""
@@ -254,11 +206,6 @@ class _Lesson:
         wanted = {name: outputs[name] for name in self.borders}
         return reconstruction(self.student(feeds, also=self.borders, given=wanted), wanted)
 
-    def block_judge(self) -> float:
-        """Return the mean of `block_loss` over held-out samples."""
-        losses = [float(self.block_loss(tensors(batch))) for batch in self.held_out]
-        return float(np.average(losses, weights=[batch.samples for batch in self.held_out]))
-
     def output_loss(self, batch: TrainingBatch) -> Tensor:
         """Compare what student and teacher make of a batch."""
         feeds = self.feeds(batch)
@@ -280,7 +227,8 @@ class _Lesson:
                 same += int((chosen == right).sum())
                 count += len(right)
         loss = float(np.average(losses, weights=[batch.samples for batch in self.held_out]))
-        return HeldOut(loss, same / count if count else None)
+        self.agreement = same / count if count else None
+        return HeldOut(loss, self.agreement)
 
 
 def borders(student: Model, teacher: Model) -> list[str]:
@@ -321,9 +269,43 @@ def _check_alike(student: Model, teacher: Model) -> None:
         ("inputs", student.graph.inputs, teacher.graph.inputs),
         ("outputs", student.graph.outputs, teacher.graph.outputs),
     ):
-        ours, theirs = (sorted(str(t.name) for t in tensors) for tensors in (ours, theirs))
-        if ours != theirs:
+        mine = {tensor.name: tensor for tensor in ours}
+        known = {tensor.name: tensor for tensor in theirs}
+        names, wanted = (", ".join(sorted(tensors)) for tensors in (mine, known))
+        if mine.keys() != known.keys():
             raise LearnError(
-                f"{student.name}: its {what} are {', '.join(ours)}, those of {teacher.name} "
-                f"{', '.join(theirs)}; learning needs the same"
+                f"{student.name}: its {what} are {names}, those of {teacher.name} {wanted}; "
+                "learning needs the same"
             )
+        for name, tensor in mine.items():
+            if not _may_be_equal(tensor.shape, known[name].shape):
+                raise LearnError(
+                    f"{student.name}: '{name}' has shape {list(tensor.shape)}, in {teacher.name} "
+                    f"{list(known[name].shape)}; learning needs the same"
+                )
+
+
+def _may_be_equal(one: Sequence[object] | None, other: Sequence[object] | None) -> bool:
+    """Tell whether two shapes may be the same; what is not a number is open."""
+    if one is None or other is None:
+        return True
+    pairs = [(a, b) for a, b in zip(one, other, strict=False) if isinstance(a, int)]
+    return len(one) == len(other) and all(a == b or not isinstance(b, int) for a, b in pairs)
+
+
+def _output_weights(wishes: Wishes, outputs: Mapping[str, Tensor]) -> Mapping[str, float]:
+    """Return how much outputs count.
+
+    Raises:
+        LearnError: a name that no output has, or no output counts.
+    """
+    weights = wishes.output_weights
+    if unknown := weights.keys() - outputs.keys():
+        raise LearnError(
+            f"there is no output {', '.join(sorted(unknown))} that could be weighted, but "
+            f"{', '.join(sorted(outputs))}"
+        )
+    learned = [name for name, value in outputs.items() if value.is_floating_point()]
+    if learned and not any(weights.get(name, 1.0) for name in learned):
+        raise LearnError("all outputs have weight 0: there is nothing to learn")
+    return weights

@@ -15,11 +15,7 @@ from torch import Tensor
 
 from pwopt.comparing import Array, class_scores
 from pwopt.errors import LearnError
-
-TEMPERATURE = 4.0
-"""A saturated teacher says next to nothing at 1. The higher, the more all classes count alike (in
-the limit the loss is the squared error of the scores); 2–4 is customary, and 2 enough for many
-classes."""
+from pwopt.learn.wishes import TEMPERATURE
 
 _STEADY = 1e-2
 """A channel that hardly varies in a batch is held to a tenth of its own size."""

@@ -32,7 +32,7 @@ class Options:
     warm_up: float = 0.05
     clip: float = 1.0
     judgements: int = 30
-    patience: int = 10
+    patience: int = 20
     checkpoint_seconds: float = 120.0
 
 
@@ -49,6 +49,8 @@ class Status:
         best: The best one.
         skipped: Steps whose loss or gradient was not finite.
         seconds_left: At the pace so far.
+        agreement: The share of held-out samples whose class is the teacher's, when it was last
+            counted; None without class scores.
     """
 
     step: int
@@ -59,6 +61,7 @@ class Status:
     best: float
     skipped: int
     seconds_left: float
+    agreement: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +100,11 @@ class Report:
     def message(self) -> str:
         """Say why it ended and what was kept, in one line."""
         kept = f"the weights of step {self.best_step}" if self.best_step else "those of the start"
-        return f"{self.stage}: {self._why()}; kept {kept}"
+        return f"{self.stage}: {self.why}; kept {kept}"
 
-    def _why(self) -> str:
+    @property
+    def why(self) -> str:
+        """Say why it ended."""
         match self.ended:
             case "done":
                 return f"{self.steps} steps done"

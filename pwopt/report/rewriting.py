@@ -12,6 +12,7 @@ from rich.table import Table
 from pwopt.analysis import Size
 from pwopt.errors import printable
 from pwopt.report import front as curve
+from pwopt.report import learning
 from pwopt.report.style import bare_table, json_text, milliseconds, scaled, show
 from pwopt.rewriting import Event
 from pwopt.workflow import Rewritten
@@ -44,6 +45,7 @@ def to_json(result: Rewritten, output: Path) -> str:
             "before": asdict(result.before),
             "after": asdict(result.after),
             **({"calibrated": calibrated} if calibrated else {}),
+            **({"learned": learning.content(result.learned)} if result.learned else {}),
         }
     )
 
@@ -65,6 +67,8 @@ def print_table(result: Rewritten) -> None:
     parts.append(_sizes(result.before, result.after))
     if result.front is not None:
         parts.append(curve.table(result.front))
+    if result.learned is not None:
+        parts += learning.parts(result.learned)
     if not result.changed:
         parts.append("Nothing was rewritten; the model is written as it came.")
     show(Group(*parts))

@@ -31,6 +31,9 @@ from pwopt.shapes import InputShapes, bind
 WORST_HARM = 1.0
 """Plans that are foretold to do more harm (nats, or relative error) are not worth building."""
 
+WORST_HARM_TO_LEARN = 20.0
+"""That where learning will win back what is lost."""
+
 CLOSE = 1.04
 """Speeds as close as this are not told apart any more."""
 
@@ -120,6 +123,7 @@ class Search:
         shapes: InputShapes | None = None,
         batch: int = 1,
         cores: int = 1,
+        worst_harm: float = WORST_HARM,
         progress: Progress | None = None,
     ) -> None:
         """Prepare a search.
@@ -134,6 +138,7 @@ class Search:
             shapes: Open axes of the inputs.
             batch: That of the layers' sizes; a bound on MACs is for one sample, or as in `shapes`.
             cores: Threads to fit with.
+            worst_harm: Plans that are foretold to do more harm are not worth building.
             progress: Told how far it is.
         """
         self.trials: list[Trial] = []
@@ -150,6 +155,7 @@ class Search:
         self._size = analysis.size(model, shapes)
         self._macs = analysis.size(model, bind(model, shapes, batch=batch).shapes).macs
         self._cores = cores
+        self._worst_harm = worst_harm
         self._progress = progress
 
     @property
@@ -179,7 +185,7 @@ class Search:
         return 0.0 if plan is None else 1 / self.predicted(plan)
 
     def _fastest_plan(self, bounds: Bounds) -> Plan | None:
-        return self._allocate(lambda way: way.time, inf, WORST_HARM, bounds)
+        return self._allocate(lambda way: way.time, inf, self._worst_harm, bounds)
 
     def predicted(self, plan: Plan) -> float:
         """Return what a plan is foretold to take, as a share of the model's time."""

@@ -14,6 +14,7 @@ from pwopt.learn.objective import (
     relative_error,
     to_logits,
 )
+from pwopt.learn.wishes import TEMPERATURE
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -87,7 +88,8 @@ def test_a_constant_teacher_gives_a_finite_error_that_is_zero_only_if_met(value,
 def test_outputs_count_alike_unless_weighted():
     student = {"y": normal(4, 10), "z": 100 * normal(4, 3, 8)}
     teacher = {"y": normal(4, 10, seed=1), "z": 100 * normal(4, 3, 8, seed=2)}
-    y, z = divergence(student["y"], teacher["y"], 4.0), relative_error(student["z"], teacher["z"])
+    y = divergence(student["y"], teacher["y"], TEMPERATURE)
+    z = relative_error(student["z"], teacher["z"])
     torch.testing.assert_close(Distillation.of(teacher, 4)(student, teacher), (y + z) / 2)
     weighted = Distillation.of(teacher, 4, weights={"z": 3.0})
     torch.testing.assert_close(weighted(student, teacher), (y + 3 * z) / 4)

@@ -12,7 +12,7 @@ import torch
 
 from pwopt.errors import LearnError
 from pwopt.learn.checkpoint import Checkpoint
-from pwopt.learn.rate import HIGHEST, LOWEST, ladder, pick, schedule
+from pwopt.learn.rate import HIGHEST, LOWEST, MARGIN, ladder, pick, schedule
 from pwopt.learn.stage import Options, Status
 from pwopt.learn.training import RESCUES, SKIPPED_IN_A_ROW, plan, train
 
@@ -117,10 +117,10 @@ def test_a_rate_below_the_edge_is_picked():
     rates = ladder(40)
     before = [2.0] * 40
     falling = [2.0 * np.exp(-0.05 * k) for k in range(25)]
-    picked = pick(rates, [*falling, 3.0, 9.0, inf], before)
+    picked = MARGIN * pick(rates, [*falling, 3.0, 9.0, inf], before)
     assert rates[18] <= picked <= rates[24]
     # Where nothing gets better the largest rate is picked that does no harm.
-    picked = pick(rates, [2.0] * 20 + [2.5, 4.0, 20.0], before)
+    picked = MARGIN * pick(rates, [2.0] * 20 + [2.5, 4.0, 20.0], before)
     assert rates[15] <= picked <= rates[19]
 
 

@@ -1,0 +1,194 @@
+"""``pwopt learn``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pwopt.cli.options import (
+    check_writable,
+    checkpoint_option,
+    data_option,
+    device_option,
+    finish,
+    is_first,
+    is_given,
+    json_option,
+    learning_bar,
+    minutes_option,
+    preprocess_option,
+    resume_option,
+    shape_option,
+)
+
+if TYPE_CHECKING:
+    from pwopt.learn.wishes import Device
+
+
+class WeightParam(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
+    """``NAME=W`` → (name, weight). Names may hold ``=``."""
+
+    name = "NAME=W"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        """Parse the text, or fail as wrong usage."""
+        name, _, text = str(value).rpartition("=")
+        try:
+            return name, float(text)
+        except ValueError:
+            self.fail(f"'{value}' is not of the form NAME=W", param, ctx)
+
+
+@click.command(name="learn")
+@click.argument("student", type=click.Path(path_type=Path))
+@click.option(
+    "--teacher",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="ORIGINAL",
+    help="The model that STUDENT was made of, and is to do the same as.",
+)
+@data_option
+@preprocess_option
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Default: STUDENT.learned.onnx."
+)
+@minutes_option
+@click.option(
+    "--steps", type=click.IntRange(min=1), metavar="N", help="Learn for N steps, however long."
+)
+@click.option(
+    "--blocks",
+    is_flag=True,
+    help="Let every block learn by itself first: for bad starts, as by SVD.",
+)
+@click.option(
+    "--label-weight",
+    type=float,
+    default=0.0,
+    metavar="W",
+    help="What the cross entropy with labels counts beside the teacher.  [default: 0]",
+)
+@click.option(
+    "--output-weight",
+    "output_weights",
+    type=WeightParam(),
+    multiple=True,
+    help="How much an output counts, 1 if not said; may be repeated.",
+)
+@click.option(
+    "--temperature",
+    type=float,
+    metavar="T",
+    help="What class scores are divided by before they are compared.  [default: 4]",
+)
+@click.option(
+    "--rate",
+    type=float,
+    metavar="R",
+    help="The highest learning rate.  [default: found by a short test]",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=64,
+    metavar="N",
+    help="Samples in a step, of all processes together.  [default: 64]",
+)
+@device_option
+@click.option("--seed", type=int, default=0, help="Of the samples' order.  [default: 0]")
+@checkpoint_option
+@resume_option
+@shape_option
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    student: Path,
+    teacher: Path,
+    data: str | None,
+    preprocess: str | None,
+    output: Path | None,
+    minutes: float,
+    steps: int | None,
+    blocks: bool,
+    label_weight: float,
+    output_weights: tuple[tuple[str, float], ...],
+    temperature: float | None,
+    rate: float | None,
+    batch_size: int,
+    device: "Device",
+    seed: int,
+    checkpoint: Path | None,
+    resume: bool,
+    shapes: dict[str, tuple[int, ...]],
+    as_json: bool,
+) -> None:
+    """Train the weights of STUDENT to do what ORIGINAL does, and write the result.
+
+    No labels are needed; the graph stays the same. The result is never worse than STUDENT on the
+    samples held out. Ctrl-C keeps the best so far.
+
+    Example: pwopt learn small.onnx --teacher model.onnx --data images/ --preprocess imagenet
+
+    Several GPUs or machines: torchrun --nproc-per-node 2 -m pwopt learn …
+    """
+    if data is None:
+        raise click.UsageError("Say with --data what to learn from; labels are not needed.")
+    if steps is not None and is_given(ctx, "minutes"):
+        raise click.UsageError("Give --minutes or --steps, not both.")
+    if resume and checkpoint is None:
+        raise click.UsageError("--resume goes with --checkpoint.")
+    target = output or student.with_name(f"{student.name.removesuffix('.onnx')}.learned.onnx")
+    read = [student, teacher, Path(data)]
+    written = [path for path in (target, checkpoint) if path is not None]
+    if {p.resolve() for p in written} & {p.resolve() for p in read} or target == checkpoint:
+        raise click.UsageError("Give -o and --checkpoint files of their own.")
+    check_writable(target, checkpoint)
+
+    from pwopt.learn.wishes import TEMPERATURE, Wishes, check_installed
+
+    check_installed()
+
+    from pwopt.data import open_data
+    from pwopt.learn.learning import learn
+    from pwopt.model import Model
+    from pwopt.report import learning as report
+    from pwopt.report.rewriting import next_step
+    from pwopt.rewriting import note
+
+    wishes = Wishes(
+        minutes=None if steps is not None else minutes,
+        steps=steps,
+        blocks=blocks,
+        rate=rate,
+        batch=batch_size,
+        temperature=TEMPERATURE if temperature is None else temperature,
+        output_weights=dict(output_weights),
+        label_weight=label_weight,
+        device=device,
+        seed=seed,
+        checkpoint=checkpoint,
+        resume=resume,
+    )
+    original = Model.load(teacher)
+    samples = open_data(data, original, preprocess=preprocess, shapes=shapes)
+    with learning_bar() as bar:
+        learned = learn(
+            Model.load(student), original, samples, wishes, watch=bar.watch, say=bar.say
+        )
+    if not is_first():
+        return
+    note(learned.model, str(wishes))
+    learned.model.save(target)
+    if as_json:
+        click.echo(report.to_json(learned, target))
+    else:
+        report.print_table(learned)
+    if learned.failure is None:
+        finish(checkpoint, interrupted=learned.interrupted)
+    click.echo(next_step(teacher, target), err=True)
+    if learned.failure is not None:
+        raise learned.failure
