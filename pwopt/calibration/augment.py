@@ -26,7 +26,7 @@ Layout = Literal["NCHW", "NHWC"]
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 FAR = 1 / 8
-"""How far images are shifted, as a part of height and width, to fit splits."""
+"""How far images are shifted, as a part of height and width, to fit splits and to learn."""
 
 KEPT = 0.8
 """What remains of an image that is mixed with another one."""
@@ -169,19 +169,37 @@ def _shifted(
     batch: Batch, layouts: Mapping[str, Layout], rng: np.random.Generator, reach: float
 ) -> Batch:
     draws = rng.random((batch.samples, 3))
-    moved = {n: _moved(batch.feeds[n], how, draws, reach) for n, how in layouts.items()}
-    return replace(batch, feeds=batch.feeds | moved)
+    images = {n: _moved(batch.feeds[n], how, draws, reach) for n, how in layouts.items()}
+    return replace(batch, feeds=batch.feeds | images)
 
 
 def _moved(images: Array, layout: Layout, draws: npt.NDArray[np.float64], reach: float) -> Array:
-    """Move images by `draws` (samples, 3) from 0 to 1: upwards, to the left, and if mirrored."""
+    """Move images by `draws` (samples, 3): upwards, to the left, and if mirrored."""
     result = images.copy()
-    before, after = (np.moveaxis(array, layout.index("C"), 1) for array in (images, result))
-    height, width = before.shape[2:]
+    samples = np.moveaxis(result, layout.index("C"), 1)[: len(draws)]
+    up, left, mirror = draws.T
+    samples[:] = moved(samples, up, left, mirror, reach)
+    return result
+
+
+def moved(
+    images: Array,
+    up: npt.NDArray[np.float64],
+    left: npt.NDArray[np.float64],
+    mirror: npt.NDArray[np.float64],
+    reach: float,
+) -> Array:
+    """Copy images [n, C, H, W], shifted and mirrored by draws from 0 to 1, one for each image.
+
+    Shifts are up to `reach` of height and width, from all the way down (right) to all up (left),
+    with zeros coming in. Draws of `mirror` below one half mirror.
+    """
+    height, width = images.shape[2:]
     y, x = int(reach * height), int(reach * width)
-    padded = np.pad(before, ((0, 0), (0, 0), (y, y), (x, x)))
-    for row, (up, back, mirror) in enumerate(draws):
-        top, left = int(up * (2 * y + 1)), int(back * (2 * x + 1))
-        image = padded[row, :, top : top + height, left : left + width]
-        after[row] = image[..., ::-1] if mirror < 0.5 else image
+    padded = np.pad(images, ((0, 0), (0, 0), (y, y), (x, x)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+    rows, columns = (up * (2 * y + 1)).astype(int), (left * (2 * x + 1)).astype(int)
+    result: Array = windows[np.arange(len(images)), :, rows, columns]
+    mirrored = mirror < 0.5
+    result[mirrored] = result[mirrored, ..., ::-1]
     return result

@@ -1,7 +1,8 @@
 """Which samples a model is calibrated on, and which of them it is judged by meanwhile."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -76,6 +77,12 @@ def spread(total: int, count: int, rng: np.random.Generator) -> Array:
     return rng.integers(edges[:-1], edges[1:])
 
 
+def numbered(source: Samples, numbers: Collection[int]) -> Iterator[Batch]:
+    """Yield the samples of these numbers, one by one, in their order; read up to the last one."""
+    first = islice(source.singles(), max(numbers, default=-1) + 1)
+    return (sample for number, sample in enumerate(first) if number in numbers)
+
+
 def fed_rows(inputs: Sequence[Input], batch: Batch) -> int:
     """Count the rows of a batch, with those that fill it up."""
     return next((len(batch.feeds[name]) for name in batched(inputs)), batch.samples)
@@ -94,18 +101,9 @@ def real(array: Array, rows: int, samples: int) -> Array:
 
 def _chosen(source: Samples, limit: int) -> Iterator[Batch]:
     """Yield the samples that are chosen, one by one."""
-    chosen = np.arange(limit)
-    if source.count is not None:
-        chosen = spread(source.count, limit, np.random.default_rng(0))
-    counted, start = batched(source.inputs), 0
-    for batch in source:
-        for row in chosen[(chosen >= start) & (chosen < start + batch.samples)] - start:
-            one = slice(row, row + 1)
-            feeds = {n: a[one].copy() if n in counted else a for n, a in batch.feeds.items()}
-            yield Batch(feeds, None if batch.labels is None else batch.labels[one], 1)
-        start += batch.samples
-        if start > chosen[-1]:
-            return
+    if source.count is None:
+        return islice(source.singles(), limit)
+    return numbered(source, set(spread(source.count, limit, np.random.default_rng(0)).tolist()))
 
 
 def _alike(samples: Iterable[Batch], inputs: Sequence[Input]) -> list[list[Batch]]:
@@ -138,18 +136,8 @@ def _cut(group: list[Batch], size: int, source: Samples) -> Iterator[Batch]:
     np.random.default_rng(0).shuffle(group)
     fixed = fixed_batch(source.inputs)
     while group:
-        batch = _joined(group[-size:], source.inputs)
+        batch = source.join(group[-size:])
         del group[-size:]
         if fixed is not None:
             batch = Batch(source.resize(batch.feeds, fixed), batch.labels, batch.samples)
         yield batch
-
-
-def _joined(samples: Sequence[Batch], inputs: Sequence[Input]) -> Batch:
-    counted, first = batched(inputs), samples[0]
-    feeds = {
-        name: np.concatenate([s.feeds[name] for s in samples]) if name in counted else array
-        for name, array in first.feeds.items()
-    }
-    labels = [s.labels for s in samples if s.labels is not None]
-    return Batch(feeds, np.concatenate(labels) if labels else None, len(samples))

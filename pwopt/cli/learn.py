@@ -82,7 +82,7 @@ class WeightParam(click.ParamType):  # type: ignore[type-arg]  # generic since c
     "--temperature",
     type=float,
     metavar="T",
-    help="What class scores are divided by before they are compared.  [default: 4]",
+    help="What class scores are divided by before they are compared.  [default: 1]",
 )
 @click.option(
     "--rate",
@@ -160,7 +160,7 @@ def command(
     from pwopt.rewriting import note
 
     wishes = Wishes(
-        minutes=None if steps is not None else minutes,
+        minutes=minutes,
         steps=steps,
         blocks=blocks,
         rate=rate,

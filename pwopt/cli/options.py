@@ -70,7 +70,6 @@ preprocess_option = click.option(
     "scale=1/255,mean=R:G:B,std=R:G:B,order=rgb|bgr.",
 )
 
-
 minutes_option = click.option(
     "--minutes",
     type=float,

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pwopt.calibration.augment import FAR, Layout, is_image
+from pwopt.calibration.augment import FAR, Layout, is_image, moved
 from pwopt.data import Batch
 from pwopt.data.samples import Array
 from pwopt.shapes import Input
@@ -37,15 +37,15 @@ def augment(
     if not layouts:
         return batch
     up, left = rng.random((2, batch.samples))
-    mirror = rng.random(batch.samples) < 0.5
+    mirror = rng.random(batch.samples)
     share = rng.beta(mixed, mixed, batch.samples)
     share = np.maximum(share, 1 - share)
     images: dict[str, Array] = {}
     for name, layout in layouts.items():
-        moved = _moved(np.moveaxis(batch.feeds[name], layout.index("C"), 1), up, left, reach)
-        moved[mirror] = moved[mirror, ..., ::-1]
-        weight = share.astype(moved.dtype)[:, None, None, None]
-        mix = weight * moved + (1 - weight) * np.roll(moved, 1, axis=0)
+        channels_first = np.moveaxis(batch.feeds[name], layout.index("C"), 1)
+        ones = moved(channels_first, up, left, mirror, reach)
+        weight = share.astype(ones.dtype)[:, None, None, None]
+        mix = weight * ones + (1 - weight) * np.roll(ones, 1, axis=0)
         images[name] = np.ascontiguousarray(np.moveaxis(mix, 1, layout.index("C")))
     return replace(batch, feeds=batch.feeds | images)
 
@@ -54,14 +54,3 @@ def _layouts(batch: Batch) -> Mapping[str, Layout]:
     """Find the feeds that hold one image for each sample."""
     fed = {name: is_image(Input(name, a.dtype, a.shape)) for name, a in batch.feeds.items()}
     return {n: how for n, how in fed.items() if how and len(batch.feeds[n]) == batch.samples}
-
-
-def _moved(images: Array, up: Array, left: Array, reach: float) -> Array:
-    """Shift images [n, C, H, W] by parts of `reach`, 0 to 1, from all the way down to all up."""
-    height, width = images.shape[2:]
-    y, x = int(reach * height), int(reach * width)
-    padded = np.pad(images, ((0, 0), (0, 0), (y, y), (x, x)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
-    rows, columns = (up * (2 * y + 1)).astype(int), (left * (2 * x + 1)).astype(int)
-    moved: Array = windows[np.arange(len(images)), :, rows, columns]
-    return moved

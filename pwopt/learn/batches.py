@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pwopt.calibration.samples import FEWEST, spread
+from pwopt.calibration.samples import FEWEST, numbered, spread
 from pwopt.data import Batch, Samples, fixed_batch
 from pwopt.data.samples import Array, batched
 from pwopt.errors import DataError
@@ -107,8 +107,7 @@ def batches_of(samples: Samples, numbers: Collection[int], size: int) -> Iterato
         for start in range(0, len(rising), size):
             yield samples.at(rising[start : start + size])
         return
-    singles = islice(samples.singles(), max(numbers, default=-1) + 1)
-    chosen = (sample for number, sample in enumerate(singles) if number in numbers)
+    chosen = numbered(samples, numbers)
     empty = True
     while group := list(islice(chosen, size)):
         batch = samples.join(group)

@@ -1,10 +1,10 @@
 """A student learns to do what its teacher does: the stages, put together.
 
 The student is a rewritten network, the teacher the original. Both are given the same samples, new
-ones made of those there are (`pwopt.learn.augment`); no labels are needed. First every block learns
-by itself, on what its teacher's counterpart reads; then the whole network learns to give the
-teacher's outputs. Each stage keeps the weights that did best on samples held out; so the result
-is never worse there than the start.
+ones made of those there are (`pwopt.learn.augment`); no labels are needed. The whole network learns
+to give the teacher's outputs. If asked to, every block learns by itself before that, on what its
+teacher's counterpart reads. Either stage keeps the weights whose outputs did best on samples held
+out; so the result is never worse there than the start.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ Feeds = Mapping[str, Tensor]
 ACTIVATIONS = ("Clip", "LeakyRelu", "PRelu", "Relu")
 
 BLOCKS = 0.2
-"""The share of the time, or of the steps, in which blocks learn by themselves."""
+"""The share of the time, or of the steps, in which blocks learn by themselves, if they do."""
 
 
 def learn(

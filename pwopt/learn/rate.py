@@ -12,6 +12,7 @@ LOWEST = 1e-6
 HIGHEST = 1e-2
 
 MARGIN = 3
+"""How many times lower than the largest harmless rate the one to learn with is."""
 
 TOLERANCE = 0.02
 """How much of the loss is noise: a rate whose loss is within this of the best is as good."""

@@ -29,7 +29,7 @@ class Wishes:
     """How to learn.
 
     Attributes:
-        minutes: How long, roughly, in all; None where `steps` are given.
+        minutes: How long, roughly, in all; of no account where `steps` are given.
         steps: How many steps, exactly.
         blocks: Let every block learn by itself first: for bad starts, as by SVD. A calibrated one
             has been fitted to what blocks really get, and loses that.
