@@ -144,7 +144,8 @@ class Walk:
         """Cut the network.
 
         Args:
-            model: The network; stays as it is. Its weights are written to a temporary file.
+            model: The network; stays as it is. Its weights are written to a temporary file,
+                unless they lie in files already.
             layers: Layers of its graph, in any order.
             batches: What to feed.
             threads: Threads within one operator.

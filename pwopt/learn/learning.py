@@ -26,7 +26,7 @@ from pwopt.learn.distributed import Processes, choose_device, together
 from pwopt.learn.network import Network
 from pwopt.learn.objective import Distillation, reconstruction
 from pwopt.learn.stage import Options, Status
-from pwopt.learn.training import restore, snapshot, train
+from pwopt.learn.training import train
 from pwopt.learn.wishes import HeldOut, Learned, Say, Watch, Wishes
 from pwopt.model import Model
 
@@ -126,7 +126,7 @@ class _Lesson:
             begin = Checkpoint.resume if self.wishes.resume else Checkpoint
             checkpoint = begin(self.wishes.checkpoint, self.key)
         weights = dict(self.student.weights)
-        start, before = snapshot(weights), self.judged()
+        before = self.judged()
         reports, failure = [], None
         for stage, loss, judge, options in self.stages():
 
@@ -156,9 +156,6 @@ class _Lesson:
         after = self.judged()
         if failure and (self.processes.count > 1 or not after.loss < before.loss):
             raise failure
-        if after.loss > before.loss:  # blocks may do better by themselves, but not together
-            restore(weights, start)
-            after = before
         return Learned(
             model=self.student.trained(),
             stages=tuple(reports),

@@ -70,8 +70,9 @@ class _Step:
 class Network(torch.nn.Module):
     """An ONNX graph run by torch; its weights are parameters.
 
-    Computed in float32, half-precision models too, or in float64 where the graph does. As at
-    inference: Dropout drops nothing, BatchNormalization takes the mean and variance it has.
+    Computed in float32, half-precision models too, or in float64 where the graph does, unless the
+    caller uses `torch.autocast`. As at inference: Dropout drops nothing, BatchNormalization takes
+    the mean and variance it has.
 
     Attributes:
         inputs: Names of the graph's inputs.
