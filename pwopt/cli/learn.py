@@ -98,7 +98,9 @@ class WeightParam(click.ParamType):  # type: ignore[type-arg]  # generic since c
     help="Samples in a step, of all processes together.  [default: 64]",
 )
 @device_option
-@click.option("--seed", type=int, default=0, help="Of the samples' order.  [default: 0]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="Of the samples' order.  [default: 0]"
+)
 @checkpoint_option
 @resume_option
 @shape_option

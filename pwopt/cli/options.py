@@ -108,10 +108,12 @@ def is_first() -> bool:
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Refuse files to be written in folders that are not there."""
+    """Refuse files to be written that are folders, or in folders that are not there."""
     for path in paths:
         if path is not None and not path.parent.is_dir():
             raise click.UsageError(f"There is no folder {path.parent}; make it, or name another.")
+        if path is not None and path.is_dir():
+            raise click.UsageError(f"{path} is a folder; name a file to write.")
 
 
 def finish(checkpoint: Path | None, *, interrupted: bool) -> None:

@@ -124,7 +124,9 @@ class RankParam(click.ParamType):  # type: ignore[type-arg]  # generic since cli
     metavar="N",
     help="Samples of --data to calibrate on at most; all are learned from.  [default: 1024]",
 )
-@click.option("--seed", type=int, default=0, help="Of whatever is random.  [default: 0]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="Of whatever is random.  [default: 0]"
+)
 @minutes_option
 @click.option(
     "--activation",

@@ -88,9 +88,10 @@ class _Lesson:
         as_they_are = list(batches_of(samples, left_out, wishes.batch))
         self.held_out = [*as_they_are, *mixed(as_they_are, turn=0)]
         self.held_out_count = sum(batch.samples for batch in as_they_are)
+        at_once = min(wishes.batch, samples.count or wishes.batch)
         self.batches = Batches(
             samples,
-            max(wishes.batch // processes.count, 1),
+            max(at_once // processes.count, 1),
             seed=wishes.seed,
             leave_out=left_out,
             process=processes.rank,

@@ -79,7 +79,7 @@ class Distillation:
         Integer and boolean outputs are left aside: nothing can be learned from them.
 
         Raises:
-            LearnError: outputs differ in name or shape.
+            LearnError: outputs differ in name or shape, or a label is none of the classes.
         """
         check_outputs(student, teacher)
         names = [name for name, output in teacher.items() if output.is_floating_point()]
@@ -92,6 +92,7 @@ class Distillation:
         if labels is None or self.scores is None or not self.label_weight:
             return loss
         logits = to_logits(student[self.scores], self.probabilities)
+        _check_labels(labels, logits.shape[1])
         return loss + self.label_weight * functional.cross_entropy(logits, labels)
 
     def _loss(self, name: str, student: Tensor, teacher: Tensor) -> Tensor:
@@ -176,6 +177,16 @@ def check_outputs(student: Tensors, teacher: Tensors) -> None:
                 f"output {name}: the student's shape is {list(student[name].shape)}, the "
                 f"teacher's {list(output.shape)}; they must be the same"
             )
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if labels.is_floating_point():  # shares of classes
+        return
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise LearnError(
+            f"label {int(wrong[0])} is none of the model's {classes} classes; mend the labels"
+        )
 
 
 def _block_error(student: Tensor, teacher: Tensor) -> Tensor:

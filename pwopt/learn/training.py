@@ -188,6 +188,8 @@ class _Training(Generic[B]):
         except KeyboardInterrupt:
             # The others may be anywhere: nothing is asked of them from here on. The last
             # checkpoint stays, and may be taken up.
+            if self.processes.count == 1:
+                self._keep_if_better()
             return self._report("interrupted")
         finally:
             restore(self.parameters, self.best)
@@ -314,6 +316,18 @@ class _Training(Generic[B]):
         if not isfinite(value) or 0 < WRECKED * course.start < value:
             return self._rescue()
         return "no longer better" if course.stale >= self.options.patience else None
+
+    def _keep_if_better(self) -> None:
+        """Judge the weights as they are now, so that what was learned since is not lost."""
+        course = self.course
+        with contextlib.suppress(KeyboardInterrupt):  # for those who cannot wait
+            value = self._judged()
+            if value < course.best:
+                self.best, course.best, course.best_step = (
+                    snapshot(self.parameters),
+                    value,
+                    course.step,
+                )
 
     def _rescue(self) -> Ended | None:
         """Go back to the best weights, and on more slowly."""

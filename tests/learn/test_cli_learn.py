@@ -117,6 +117,8 @@ def test_json(folder: Path) -> None:
         ("--checkpoint data.npz", "files of their own"),
         ("--checkpoint student.learned.onnx", "files of their own"),
         ("-o nowhere/out.onnx", "There is no folder nowhere"),
+        ("-o .", "is a folder; name a file to write"),
+        ("--seed -1", "-1 is not in the range x>=0"),
         ("--checkpoint nowhere/c.pt", "There is no folder nowhere"),
         ("--rate 0", "rate: 0.0 makes no sense"),
         ("--rate inf", "rate: inf makes no sense"),

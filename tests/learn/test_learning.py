@@ -16,7 +16,7 @@ from helpers import parse, run, values
 
 from pwopt.data import Samples, open_data
 from pwopt.errors import DataError, LearnError
-from pwopt.learn import learning
+from pwopt.learn import distributed, learning
 from pwopt.learn.learning import borders, learn
 from pwopt.learn.stage import Options, Status
 from pwopt.learn.wishes import Learned, Wishes
@@ -101,6 +101,18 @@ def test_a_student_that_is_its_teacher_stays_as_it_is(data: Samples) -> None:
     learned = learn(teacher, teacher, data, wishes(rate=0.01))
     assert learned.after.loss <= learned.before.loss == pytest.approx(0, abs=1e-6)
     assert learned.after.agreement == 1
+
+
+def test_a_batch_is_no_larger_than_the_data(data: Samples) -> None:
+    lesson = learning._Lesson(
+        tiny.student(),
+        tiny.teacher(),
+        data,
+        wishes(batch=10**6),
+        torch.device("cpu"),
+        distributed.ALONE,
+    )
+    assert lesson.batches.size == data.count
 
 
 def test_blocks_are_judged_by_what_they_do_to_the_outputs(

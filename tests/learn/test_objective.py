@@ -119,6 +119,14 @@ def test_mixed_labels_are_distributions_over_classes():
     torch.testing.assert_close(distil(student, student, mixed), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("wrong", [10, -1, -100])
+def test_labels_that_are_none_of_the_classes(wrong):
+    student = {"y": normal(2, 10)}
+    distil = Distillation.of(student, 2, label_weight=1.0)
+    with pytest.raises(LearnError, match=f"label {wrong} is none of the model's 10 classes"):
+        distil(student, student, torch.tensor([3, wrong]))
+
+
 def test_labels_need_class_scores():
     with pytest.raises(LearnError, match="labels are of no use"):
         Distillation.of({"boxes": normal(2, 4, 3)}, 2, label_weight=1.0)
