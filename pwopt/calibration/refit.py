@@ -109,8 +109,9 @@ def _fit_output_side(
 
     features = _stacked(own(), rows.targets, len(weight))
     found = rows.regress(features, identity, relu=behind.relu, rank=split.rank)
-    # In the weight's own type: the first Gemm of a VGG-16 takes 822 MB in float64.
-    core = np.tensordot(found.core.astype(weight.dtype), weight, axes=1)
+    # Not in float64: the first Gemm of a VGG-16 would take 822 MB.
+    kind = np.promote_types(weight.dtype, np.float32)
+    core = np.tensordot(found.core.astype(kind), weight, axes=1)
     return Factors(core, expand=_pointwise(found.expand, core), bias=found.bias)
 
 
