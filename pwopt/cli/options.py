@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from pwopt.errors import PwoptError
 from pwopt.progress import Progress
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def check_writable(*paths: Path | None) -> None:
         if path is not None and not path.parent.is_dir():
             raise click.UsageError(f"There is no folder {path.parent}; make it, or name another.")
         if path is not None and path.is_dir():
-            raise click.UsageError(f"{path} is a folder; name a file to write.")
+            raise PwoptError(f"{path}: is a folder; name a file to write")
 
 
 def finish(checkpoint: Path | None, *, interrupted: bool) -> None:

@@ -87,7 +87,9 @@ def test_a_run_that_was_killed_ends_in_the_same_weights_as_an_unbroken_one(tmp_p
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
+from pwopt.learn import descent
 from test_checkpoint import kill, learn
+descent.has_bfloat16 = lambda device: False  # as in conftest.py
 learn(Path({str(tmp_path / "state")!r}), end_at=37, end=kill)
 """
     killed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)

@@ -117,7 +117,6 @@ def test_json(folder: Path) -> None:
         ("--checkpoint data.npz", "files of their own"),
         ("--checkpoint student.learned.onnx", "files of their own"),
         ("-o nowhere/out.onnx", "There is no folder nowhere"),
-        ("-o .", "is a folder; name a file to write"),
         ("--seed -1", "-1 is not in the range x>=0"),
         ("--checkpoint nowhere/c.pt", "There is no folder nowhere"),
         ("--rate 0", "rate: 0.0 makes no sense"),
@@ -182,6 +181,10 @@ def test_without_torch_it_says_what_to_install(
     before = sorted(folder.iterdir())
     failed(line(arguments), 1, "learning needs torch: pip install 'pwopt[learn]'")
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_folder_cannot_be_written(folder: Path) -> None:
+    failed(learn(*BRIEF, "-o", folder), 1, "is a folder; name a file to write")
 
 
 def test_a_rate_that_is_far_too_high(folder: Path) -> None:

@@ -106,9 +106,11 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import torch
+from pwopt.learn import descent
 from pwopt.learn.distributed import together
 from pwopt.learn.stage import Options
 from test_distributed import SOME, StopError, learn
+descent.has_bfloat16 = lambda device: False  # as in conftest.py
 torch.set_num_threads(1)
 folder = Path({str(folder)!r})
 with together(torch.device("cpu")) as processes:
