@@ -167,14 +167,19 @@ def check_labels(labels: npt.NDArray[np.int64], classes: int, source: str) -> No
         )
 
 
+def are_probabilities(scores: Array) -> bool:
+    """Tell whether scores (samples, classes, 1, …) are: not negative, and their sum 1."""
+    flat = scores.reshape(len(scores), -1).astype(np.float64)
+    return bool((flat >= 0).all() and np.allclose(flat.sum(axis=1), 1, atol=1e-3))
+
+
 def log_probabilities(scores: Array) -> npt.NDArray[np.float64]:
     """Return the logarithms of the class probabilities of scores (samples, classes, 1, …).
 
-    Scores that are probabilities already (not negative, their sum 1) are taken as such; of others
-    the softmax is taken.
+    Scores that are probabilities already are taken as such; of others the softmax is taken.
     """
     flat = scores.reshape(len(scores), -1).astype(np.float64)
-    if (flat >= 0).all() and np.allclose(flat.sum(axis=1), 1, atol=1e-3):
+    if are_probabilities(flat):
         logarithms: npt.NDArray[np.float64] = np.log(np.maximum(flat, LEAST_PROBABILITY))
         return logarithms
     flat = flat - flat.max(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""One step down the gradient, by AdamW, with what keeps it from doing harm."""
+"""One step down the gradient, by Adam, with what keeps it from doing harm."""
 
 from collections.abc import Callable, Mapping
 from math import nan
@@ -16,6 +16,9 @@ from pwopt.learn.distributed import Processes
 B = TypeVar("B")
 Parameters = Mapping[str, Parameter]
 
+CLIP = 1.0
+"""The largest norm of the gradient."""
+
 
 class Descent(Generic[B]):
     """Changes parameters so that the loss of a batch falls.
@@ -29,13 +32,10 @@ class Descent(Generic[B]):
         parameters: Parameters,
         loss: Callable[[B], Tensor],
         processes: Processes,
-        *,
-        weight_decay: float,
-        clip: float,
     ) -> None:
         self._parameters = list(parameters.values())
-        self._loss, self._processes, self._clip = loss, processes, clip
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=0.0, weight_decay=weight_decay)
+        self._loss, self._processes = loss, processes
+        self._optimizer = torch.optim.Adam(self._parameters, lr=0.0)
 
     def step(self, batch: B, rate: float) -> float:
         """Take a step and return the loss before it, the mean over all processes.
@@ -57,7 +57,7 @@ class Descent(Generic[B]):
         loss = loss.detach()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         self._processes.average([loss, *gradients])
-        norm = clip_grad_norm_(self._parameters, self._clip)
+        norm = clip_grad_norm_(self._parameters, CLIP)
         if not torch.isfinite(loss + norm):
             return nan
         self._optimizer.step()

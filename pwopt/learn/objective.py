@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from pwopt.comparing import Array, class_scores
+from pwopt.comparing import Array, are_probabilities, class_scores
 from pwopt.errors import LearnError
 from pwopt.learn.wishes import TEMPERATURE
 
@@ -67,7 +67,7 @@ class Distillation:
             raise LearnError("labels are of no use: no output is [samples, classes]")
         return cls(
             scores=scores,
-            probabilities=scores is not None and _are_probabilities(teacher[scores]),
+            probabilities=scores is not None and are_probabilities(_array(teacher[scores])),
             temperature=temperature,
             weights=weights or {},
             label_weight=label_weight,
@@ -199,10 +199,3 @@ def _block_error(student: Tensor, teacher: Tensor) -> Tensor:
 def _array(tensor: Tensor) -> Array:
     array: Array = (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
     return array
-
-
-def _are_probabilities(scores: Tensor) -> bool:
-    """Tell whether scores are, as `pwopt.comparing.log_probabilities` does."""
-    flat = scores.double().flatten(start_dim=1)
-    sums = flat.sum(dim=1)
-    return bool((flat >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)

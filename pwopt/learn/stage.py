@@ -16,10 +16,8 @@ class Options:
     Attributes:
         minutes: How long, roughly: turned into steps by the pace of the first ones.
         steps: How many, exactly.
-        rate: Of AdamW, at its height; None to find it by a range test.
-        weight_decay: Of AdamW.
+        rate: Of Adam, at its height; None to find it by a range test.
         warm_up: The share of the steps in which the rate rises.
-        clip: The largest norm of the gradient.
         judgements: How many are spread over the steps; fewer where they would take too long.
         patience: After how many judgements without a better one to stop.
         checkpoint_seconds: How often the state is saved.
@@ -28,9 +26,7 @@ class Options:
     minutes: float | None = None
     steps: int | None = None
     rate: float | None = None
-    weight_decay: float = 0.0
     warm_up: float = 0.05
-    clip: float = 1.0
     judgements: int = 30
     patience: int = 20
     checkpoint_seconds: float = 120.0

@@ -164,14 +164,7 @@ class _Training(Generic[B]):
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        options = self.options
-        self.descent = Descent(
-            self.parameters,
-            self.loss,
-            self.processes,
-            weight_decay=options.weight_decay,
-            clip=options.clip,
-        )
+        self.descent = Descent(self.parameters, self.loss, self.processes)
         self.unsaved_is_known = False
         if not self.processes.first:
             self.watch = lambda status: None
