@@ -288,8 +288,8 @@ def command(
             click.echo(f"Wrote {pareto}; for a picture too: pip install 'pwopt[plots]'", err=True)
     learned = result.learned
     failure = None if learned is None else learned.failure
-    if failure is None:
-        finish(checkpoint, interrupted=learned is not None and learned.interrupted)
+    if learned is not None and failure is None:
+        finish(checkpoint, interrupted=learned.interrupted)
     click.echo(report.next_step(model, target), err=True)
     if failure is not None:
         raise failure

@@ -20,7 +20,7 @@ pytest.importorskip("torch", reason="learning needs torch: pip install 'pwopt[le
 
 import tiny
 import torch
-from helpers import run, values
+from helpers import parse, run, values
 from made_up import images, network, time_by_macs
 
 from pwopt import models, runtime
@@ -362,6 +362,13 @@ def test_bottlenecks_of_a_rank_are_learned(net: Path) -> None:
     )
     assert nodes == plain
     assert error("out.onnx") < error("plain.onnx")
+
+
+def test_a_checkpoint_stays_where_nothing_was_learned(net: Path) -> None:
+    parse("g (float[N,3,16,16] x) => (float[] y) { y = Relu(x) }").save("net.onnx")
+    Path("run.pt").write_bytes(b"of another run")
+    assert "learned" not in rewrite("--bottleneck", 8, "--checkpoint", "run.pt")
+    assert Path("run.pt").read_bytes() == b"of another run"
 
 
 def test_bottlenecks_of_chosen_ranks_are_learned(net: Path) -> None:
