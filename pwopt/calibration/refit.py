@@ -78,8 +78,7 @@ def refit(
             progress("fitting layers", len(fitted), len(chosen))
         behind = _behind(model.graph, stop)
         if split.sides == "output":
-            as_it_is = runner(model, layer, None, threads)
-            factors = _fit_output_side(stop, split, behind, batches, as_it_is)
+            factors = _fit_output_side(model, stop, split, behind, batches, threads)
         else:
             factors = _fit_reduced(stop, split, behind, batches)
         fitted[layer.where] = factors
@@ -96,20 +95,22 @@ class _Behind:
 
 
 def _fit_output_side(
-    stop: Stop, split: Split, behind: _Behind, batches: Sequence[Batch], as_it_is: Run
+    model: Model,
+    stop: Stop,
+    split: Split,
+    behind: _Behind,
+    batches: Sequence[Batch],
+    threads: int,
 ) -> Factors:
     """Regress on the layer's own outputs, before the bias, at the rank of the split."""
-    layer, weight = stop.layer, stop.layer.weight()
-    identity, bias = np.eye(len(weight), dtype=weight.dtype), layer.bias()
-    rows = _draw(stop, len(weight), behind.shortcut, batches)
-
-    def own() -> Iterator[Array]:
-        for (teacher, student, output), at in zip(stop.pairs(), rows.positions, strict=True):
-            yield _at(layer, output if student is teacher else as_it_is(student), at) - bias
-
-    features = _stacked(own(), rows.targets, len(weight))
+    layer, channels = stop.layer, stop.layer.size.out_channels
+    rows = _draw(stop, channels, behind.shortcut, batches)
+    features = _own_outputs(stop, rows, runner(model, layer, None, threads))
+    # From here on neither the session nor a copy of the weight is in memory: those of the first
+    # Gemm of a VGG-16 are larger than all that the regression needs.
+    identity = np.eye(channels, dtype=features.dtype)
     found = rows.regress(features, identity, relu=behind.relu, rank=split.rank)
-    # Not in float64: the first Gemm of a VGG-16 would take 822 MB.
+    weight = layer.weight()
     kind = np.promote_types(weight.dtype, np.float32)
     core = np.tensordot(found.core.astype(kind), weight, axes=1)
     return Factors(core, expand=_pointwise(found.expand, core), bias=found.bias)
@@ -197,6 +198,17 @@ def _draw(stop: Stop, width: int, shortcut: str | None, batches: Sequence[Batch]
             targets[-1] += right - given
     shift = np.concatenate(shifts) if shifts else None
     return _Rows(positions, np.concatenate(targets), shift)
+
+
+def _own_outputs(stop: Stop, rows: _Rows, as_it_is: Run) -> Array:
+    """Return what the layer makes of the student's input, before the bias: (n, Cout)."""
+    layer, bias = stop.layer, stop.layer.bias()
+
+    def own() -> Iterator[Array]:
+        for (teacher, student, output), at in zip(stop.pairs(), rows.positions, strict=True):
+            yield _at(layer, output if student is teacher else as_it_is(student), at) - bias
+
+    return _stacked(own(), rows.targets, layer.size.out_channels)
 
 
 def _inputs(stop: Stop, batches: Sequence[Batch]) -> Moments:

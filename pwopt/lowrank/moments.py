@@ -46,14 +46,15 @@ class Moments:
             raise ValueError(f"{self.mean.size} and {other.mean.size} channels do not merge")
         if not other.count:
             return self
+        if not self.count:
+            return other
         count = self.count + other.count
         step = other.mean - self.mean
         share = other.count / count
-        return type(self)(
-            count,
-            self.mean + share * step,
-            self.scatter + other.scatter + self.count * share * np.outer(step, step),
-        )
+        scatter = np.outer(self.count * share * step, step)
+        scatter += self.scatter
+        scatter += other.scatter
+        return type(self)(count, self.mean + share * step, scatter)
 
     @property
     def covariance(self) -> Array:

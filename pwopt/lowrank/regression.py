@@ -162,31 +162,36 @@ class _Ridge:
     def __init__(self, features: Array, prior: Array, rank: int | None, damping: float) -> None:
         moments = Moments.of(features)
         covariance = moments.covariance
-        ridge = damping * np.trace(covariance) / len(covariance) or 1.0  # no feature varies
-        covariance.flat[:: len(covariance) + 1] += ridge
+        self._ridge = damping * np.trace(covariance) / len(covariance) or 1.0  # no feature varies
+        covariance.flat[:: len(covariance) + 1] += self._ridge
         # Its condition is bounded by the ridge, so the inverse is as good as a factorisation.
         self._inverse = np.linalg.inv(covariance)
-        self._pull = ridge * prior
         self._features = features
         self._mean = moments.mean
+        self._prior = prior
         self._rank = rank
 
     def fit(self, targets: Callable[[slice], Array]) -> Regression:
         """Solve for the targets (rows, Cout) that are returned for rows of the features."""
         features, count = self._features, len(self._features)
-        middle = self._mean.astype(np.promote_types(features.dtype, np.float32))
-        total, cross = np.zeros(len(self._pull)), np.zeros(self._pull.shape)
+        kind = np.promote_types(features.dtype, np.float32)
+        middle = self._mean.astype(kind)
+        total, moment = np.zeros(len(self._prior)), np.zeros(self._prior.shape)
         for rows in _blocks(features):
             wanted = targets(rows)
             total += wanted.sum(axis=0, dtype=np.float64)
-            cross += wanted.T @ (features[rows] - middle)
-        moment = cross / count + self._pull
+            moment += wanted.T @ (features[rows] - middle)
+        moment /= count
+        moment += self._ridge * self._prior
         weight = moment @ self._inverse
         mean = total / count
         if self._rank is None:
             return Regression(weight, mean - weight @ self._mean)
-        vectors = np.linalg.eigh(weight @ moment.T).eigenvectors
-        expand = vectors[:, : -self._rank - 1 : -1]
+        gained = weight @ moment.T
+        gained /= np.abs(gained).max() or 1.0
+        # In the rows' precision: what a basis lacks by 1e-6 costs the square of that.
+        vectors = np.linalg.eigh(gained.astype(kind)).eigenvectors
+        expand = vectors[:, : -self._rank - 1 : -1].astype(np.float64)
         core = expand.T @ weight
         return Regression(core, mean - expand @ (core @ self._mean), expand)
 
