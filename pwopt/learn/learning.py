@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pwopt.calibration.augment import mixed
+from pwopt.comparing import Array
 from pwopt.data import Samples
 from pwopt.errors import DataError, LearnError
 from pwopt.graph import is_op
@@ -33,6 +34,13 @@ from pwopt.model import Model
 Feeds = Mapping[str, Tensor]
 
 ACTIVATIONS = ("Clip", "LeakyRelu", "PRelu", "Relu")
+
+HINT = 1.0
+"""What the error at the end of each block counts, beside that of the outputs."""
+
+NOTHING = 1e-4
+"""Held-out losses below this teach nothing: as of a teacher that is sure of all that it is given,
+because somebody forgot to divide images by 255."""
 
 BLOCKS = 0.2
 """The share of the time, or of the steps, in which blocks learn by themselves, if they do."""
@@ -82,10 +90,12 @@ class _Lesson:
     ) -> None:
         _check_alike(student, teacher)
         self.wishes, self.device, self.processes = wishes, device, processes
+        self.source = samples.name
         self.student, self.teacher = Network(student).to(device), Network(teacher).to(device)
         self.borders = borders(student, teacher)
         left_out = held_out(samples, wishes.seed)
         as_they_are = list(batches_of(samples, left_out, wishes.batch))
+        _check_fed(student, as_they_are[0].feeds, samples.name)
         self.held_out = [*as_they_are, *mixed(as_they_are, turn=0)]
         self.held_out_count = sum(batch.samples for batch in as_they_are)
         at_once = min(wishes.batch, samples.count or wishes.batch)
@@ -128,6 +138,12 @@ class _Lesson:
             checkpoint = begin(self.wishes.checkpoint, self.key)
         weights = dict(self.student.weights)
         before = self.judged()
+        if before.loss < NOTHING:
+            say(
+                f"student and teacher do the same on {self.source} already (loss "
+                f"{before.loss:.1g}): there is little to learn, or the samples are not what the "
+                "models expect; see --preprocess"
+            )
         reports, failure = [], None
         for stage, loss, judge, options in self.stages():
 
@@ -205,12 +221,15 @@ class _Lesson:
         return reconstruction(self.student(feeds, also=self.borders, given=wanted), wanted)
 
     def output_loss(self, batch: TrainingBatch) -> Tensor:
-        """Compare what student and teacher make of a batch."""
+        """Compare what student and teacher make of a batch, in the end and where blocks end."""
         feeds = self.feeds(batch)
         with torch.no_grad():
-            wanted = self.teacher(feeds)
+            outputs = self.teacher(feeds, also=self.borders)
+        hints = {name: outputs[name] for name in self.borders}
+        wanted = {name: outputs[name] for name in self.teacher.outputs}
+        given = self.student(feeds, also=self.borders)
         labels = None if batch.labels is None else batch.labels.to(self.device)
-        return self.objective(self.student(feeds), wanted, labels)
+        return self.objective(given, wanted, labels) + HINT * reconstruction(given, hints)
 
     @torch.no_grad()
     def judged(self) -> HeldOut:
@@ -281,6 +300,21 @@ def _check_alike(student: Model, teacher: Model) -> None:
                     f"{student.name}: '{name}' has shape {list(tensor.shape)}, in {teacher.name} "
                     f"{list(known[name].shape)}; learning needs the same"
                 )
+
+
+def _check_fed(student: Model, feeds: Mapping[str, Array], source: str) -> None:
+    """Check that samples, which were made to fit the teacher, fit the student too.
+
+    Raises:
+        LearnError: the student fixes an axis, as its batch, at another size.
+    """
+    for tensor in student.graph.inputs:
+        shape = feeds[tensor.name].shape
+        if not _may_be_equal(tensor.shape, shape):
+            raise LearnError(
+                f"{student.name}: '{tensor.name}' is {list(tensor.shape)}, but {source} is fed as "
+                f"{list(shape)}: learning needs a student with the open axes of its teacher"
+            )
 
 
 def _may_be_equal(one: Sequence[object] | None, other: Sequence[object] | None) -> bool:

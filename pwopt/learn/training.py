@@ -224,6 +224,11 @@ class _Training(Generic[B]):
             _, pace = self._tried([0.0] * TIMED, [nan] * TIMED)
         course.rate = rate
         spent = monotonic() - self.begun
+        if options.steps is None and options.minutes is not None and spent > 60 * options.minutes:
+            self.say(
+                f"{self.stage}: finding a rate alone took {spent / 60:.1f} minutes of "
+                f"{options.minutes:g}: give --minutes more of them"
+            )
         course.steps, course.every = self.processes.share(plan(options, spent, pace, self.judging))
         self.say(f"{self.stage}: {course.steps} steps, learning rate {rate:.2g}")
         self._save(self._state())

@@ -64,6 +64,7 @@ def test_it_learns_and_the_graph_stays_the_same(data: Samples) -> None:
         name: array.shape for name, array in old.items()
     }
     assert any((new[name] != old[name]).any() for name in old)
+    assert not any("do the same" in line for line in said)
     # What is told is what onnxruntime finds.
     x = {"x": tiny.images()}
     (right,), (start,), (end,) = (run(m, x) for m in (teacher, before, proto))
@@ -98,21 +99,38 @@ def test_blocks_end_where_both_networks_meet_again() -> None:
 
 def test_a_student_that_is_its_teacher_stays_as_it_is(data: Samples) -> None:
     teacher = tiny.teacher()
-    learned = learn(teacher, teacher, data, wishes(rate=0.01))
+    said: list[str] = []
+    learned = learn(teacher, teacher, data, wishes(rate=0.01), say=said.append)
+    assert "do the same on" in said[0]
     assert learned.after.loss <= learned.before.loss == pytest.approx(0, abs=1e-6)
     assert learned.after.agreement == 1
 
 
-def test_a_batch_is_no_larger_than_the_data(data: Samples) -> None:
-    lesson = learning._Lesson(
+def lesson_of(data: Samples, **more: Any) -> Any:
+    return learning._Lesson(
         tiny.student(),
         tiny.teacher(),
         data,
-        wishes(batch=10**6),
+        wishes(**more),
         torch.device("cpu"),
         distributed.ALONE,
     )
-    assert lesson.batches.size == data.count
+
+
+def test_a_batch_is_no_larger_than_the_data(data: Samples) -> None:
+    assert lesson_of(data, batch=10**6).batches.size == data.count
+
+
+def test_errors_count_where_blocks_end(data: Samples) -> None:
+    lesson = lesson_of(data)
+    batch = next(lesson.batches.from_step(0))
+    right, given = (
+        network(batch.feeds, also=["rb"]) for network in (lesson.teacher, lesson.student)
+    )
+    outputs = lesson.objective(given, {"y": right["y"]})
+    inner = (given["rb"] - right["rb"]).square().mean() / right["rb"].var()
+    assert inner > 0.1
+    assert lesson.output_loss(batch).item() == pytest.approx((outputs + inner).item(), rel=0.02)
 
 
 def test_blocks_are_judged_by_what_they_do_to_the_outputs(
@@ -182,6 +200,12 @@ def test_models_that_do_not_match(data: Samples, edits: dict[str, str], message:
     with pytest.raises(LearnError, match=message) as caught:
         learn(tiny.student(), parse(text), data, wishes())
     assert "\n" not in str(caught.value)
+
+
+def test_a_student_that_fixes_what_its_teacher_leaves_open(data: Samples) -> None:
+    student = tiny.student(tiny.STUDENT.replace("N", "1"))
+    with pytest.raises(LearnError, match=r"'x' is \[1, 3, 8, 8\], but .*data.npz is fed as \[16, "):
+        learn(student, tiny.teacher(), data, wishes())
 
 
 def test_shapes_that_only_running_tells(data: Samples) -> None:

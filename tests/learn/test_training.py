@@ -93,6 +93,13 @@ def test_minutes_become_a_number_of_steps():
     assert report.steps == report.planned >= 1
 
 
+def test_too_few_minutes_to_find_a_rate_are_told_of():
+    said: list[str] = []
+    report = Line().train(Options(minutes=1e-6), say=said.append)
+    assert "finding a rate alone took 0.0 minutes of 1e-06: give --minutes more" in said[0]
+    assert report.steps == 1
+
+
 def test_what_is_left_of_the_minutes_is_shared_between_steps_and_judging():
     options = Options(minutes=1, judgements=30)
     assert plan(options, spent=10, pace=0.1, judging=0.1) == (470, 16)
