@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pwopt import analysis
 from pwopt.comparing import Accuracy, Comparison, Equivalence, check_labels, class_scores
 from pwopt.data import Batch, Samples, Source, fixed_batch, open_data, random_data
+from pwopt.data.samples import fed_rows
 from pwopt.errors import DataError, ModelError, SpecError
 from pwopt.model import Model
 from pwopt.pair import Latency, Pair, Side
@@ -144,7 +145,7 @@ def check(
     reasons = [*_broken(equivalence, pair), *_dropped(max_drop, accuracy, agreement)]
 
     report("latency", 0, None)
-    rows = batch or fixed or (samples.rows(first.feeds) if data is None else 1)
+    rows = batch or fixed or (fed_rows(first.feeds, samples.inputs) if data is None else 1)
     latency = pair.latency(
         samples.resize(first.feeds, rows), batch=rows, threads=threads, seed=seed
     )

@@ -9,6 +9,7 @@ import onnxruntime as ort
 
 from pwopt import external, runtime
 from pwopt.data import Batch, Samples
+from pwopt.data.samples import fed_rows
 from pwopt.errors import ModelError
 from pwopt.model import Model
 from pwopt.runtime import Array, Feeds
@@ -79,7 +80,7 @@ class Pair:
         before, after = self._sessions(runtime.cores())
         original, rewritten = self.names
         for batch in samples:
-            rows = samples.rows(batch.feeds)
+            rows = fed_rows(batch.feeds, samples.inputs)
             a = runtime.run(before, batch.feeds, name=original)
             b = runtime.run(after, batch.feeds, name=rewritten)
             for name in a:

@@ -126,10 +126,10 @@ def tune(
         progress=progress,
     )
     best = search.find(bounds)
-    if curve and best is not None:
-        search.curve(CURVE)
     if best is None:
         raise BoundError(f"{original.name}: {_unreached(bounds, search)}")
+    if curve:
+        search.curve(CURVE)
     front = Front(
         model=original.name,
         original=yardstick.original(),

@@ -8,7 +8,7 @@ such knows them by heart, too. To fit splits to, where nothing is judged, they d
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
@@ -128,11 +128,11 @@ def mixed(batches: Sequence[Batch], *, turn: int) -> list[Batch]:
 
 def _shapes(batch: Batch) -> _Shapes:
     """Return the shape of each of a sample's images."""
-    return tuple((name, batch.feeds[name].shape[1:]) for name in _layouts(batch))
+    return tuple((name, batch.feeds[name].shape[1:]) for name in layouts(batch))
 
 
 def _mixed(batch: Batch, others: Iterable[tuple[Batch, int]]) -> Batch:
-    images = {name: batch.feeds[name].copy() for name in _layouts(batch)}
+    images = {name: batch.feeds[name].copy() for name in layouts(batch)}
     for row, (other, its_row) in enumerate(others):
         for name, result in images.items():
             result[row] = KEPT * result[row] + (1 - KEPT) * other.feeds[name][its_row]
@@ -155,21 +155,18 @@ def shifted(batches: Sequence[Batch], *, seed: int, reach: float) -> list[Batch]
         The copies alone, batch by batch; none of batches without images.
     """
     rng = np.random.default_rng(seed)
-    with_images = [(batch, layouts) for batch in batches if (layouts := _layouts(batch))]
-    return [_shifted(*item, rng, reach) for item in with_images]
+    return [_shifted(batch, rng, reach) for batch in batches if layouts(batch)]
 
 
-def _layouts(batch: Batch) -> dict[str, Layout]:
-    """Find the feeds that hold an image for each sample."""
+def layouts(batch: Batch) -> dict[str, Layout]:
+    """Find the feeds that hold an image for each row, and how it is laid out."""
     fed = {name: is_image(Input(name, a.dtype, a.shape)) for name, a in batch.feeds.items()}
     return {n: how for n, how in fed.items() if how and len(batch.feeds[n]) >= batch.samples}
 
 
-def _shifted(
-    batch: Batch, layouts: Mapping[str, Layout], rng: np.random.Generator, reach: float
-) -> Batch:
+def _shifted(batch: Batch, rng: np.random.Generator, reach: float) -> Batch:
     draws = rng.random((batch.samples, 3))
-    images = {n: _moved(batch.feeds[n], how, draws, reach) for n, how in layouts.items()}
+    images = {n: _moved(batch.feeds[n], how, draws, reach) for n, how in layouts(batch).items()}
     return replace(batch, feeds=batch.feeds | images)
 
 

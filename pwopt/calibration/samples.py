@@ -78,14 +78,14 @@ def spread(total: int, count: int, rng: np.random.Generator) -> Array:
 
 
 def numbered(source: Samples, numbers: Collection[int]) -> Iterator[Batch]:
-    """Yield the samples of these numbers, one by one, in their order; read up to the last one."""
+    """Yield the samples of these rising numbers, one by one.
+
+    A source that cannot `take` is read up to the last one; numbers beyond its end are passed over.
+    """
+    if source.take is not None:
+        return (source.at([number]) for number in numbers)
     first = islice(source.singles(), max(numbers, default=-1) + 1)
     return (sample for number, sample in enumerate(first) if number in numbers)
-
-
-def fed_rows(inputs: Sequence[Input], batch: Batch) -> int:
-    """Count the rows of a batch, with those that fill it up."""
-    return next((len(batch.feeds[name]) for name in batched(inputs)), batch.samples)
 
 
 def real(array: Array, rows: int, samples: int) -> Array:
@@ -103,7 +103,7 @@ def _chosen(source: Samples, limit: int) -> Iterator[Batch]:
     """Yield the samples that are chosen, one by one."""
     if source.count is None:
         return islice(source.singles(), limit)
-    return numbered(source, set(spread(source.count, limit, np.random.default_rng(0)).tolist()))
+    return numbered(source, spread(source.count, limit, np.random.default_rng(0)).tolist())
 
 
 def _alike(samples: Iterable[Batch], inputs: Sequence[Input]) -> list[list[Batch]]:
@@ -134,10 +134,7 @@ def _cut(group: list[Batch], size: int, source: Samples) -> Iterator[Batch]:
     The list is empty afterwards, so that each sample is in memory once.
     """
     np.random.default_rng(0).shuffle(group)
-    fixed = fixed_batch(source.inputs)
     while group:
         batch = source.join(group[-size:])
         del group[-size:]
-        if fixed is not None:
-            batch = Batch(source.resize(batch.feeds, fixed), batch.labels, batch.samples)
         yield batch

@@ -17,9 +17,9 @@ import numpy as np
 from onnx import ValueInfoProto
 
 from pwopt import cache, external, runtime
-from pwopt.calibration.samples import fed_rows, real, spread
+from pwopt.calibration.samples import real, spread
 from pwopt.data import Batch, fixed_batch
-from pwopt.data.samples import batched
+from pwopt.data.samples import batched, fed_rows
 from pwopt.errors import ModelError
 from pwopt.linear import Linear
 from pwopt.lowrank.moments import Moments
@@ -130,7 +130,7 @@ def _measure(
             for part in _parts(batch, declared, size):
                 values = runtime.run(session, part.feeds, name=model.name)
                 for tap in group:
-                    array = real(values[tap.tensor], fed_rows(declared, part), part.samples)
+                    array = real(values[tap.tensor], fed_rows(part.feeds, declared), part.samples)
                     if not np.isfinite(array).all():
                         raise ModelError(
                             f"{model.name}: {tap.what} NaN or infinite values on the calibration "
@@ -151,7 +151,7 @@ def _runs(
     """
     declared = inputs(model)
     largest = max(batches, key=lambda batch: sum(a.nbytes for a in batch.feeds.values()))
-    rows = fed_rows(declared, largest)
+    rows = fed_rows(largest.feeds, declared)
     shapes = {name: array.shape for name, array in largest.feeds.items()}
     types = infer_types(model, bind(model, shapes))
     sizes = {tap: _bytes(types.get(tap.tensor)) for tap in taps}
@@ -186,7 +186,7 @@ def _tapped(model: Model, taps: Sequence[_Tap]) -> Model:
 
 def _parts(batch: Batch, declared: Sequence[Input], size: int) -> Iterator[Batch]:
     """Cut a batch into parts of `size` rows."""
-    if size >= fed_rows(declared, batch):
+    if size >= fed_rows(batch.feeds, declared):
         yield batch
         return
     counted = batched(declared)

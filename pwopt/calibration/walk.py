@@ -22,10 +22,10 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
 
 from pwopt import runtime
-from pwopt.calibration.samples import fed_rows, real
+from pwopt.calibration.samples import real
 from pwopt.data import Batch
+from pwopt.data.samples import fed_rows
 from pwopt.files import ScratchFolder
-from pwopt.graph import Names
 from pwopt.linear import Linear
 from pwopt.model import Model
 from pwopt.runtime import Array
@@ -152,10 +152,9 @@ class Walk:
         """
         self._network = _Network(model)
         self._steps = _steps(self._network, {layer.where: layer for layer in layers})
-        self._names = Names(model)
         self._name = model.name
         self._batches = batches
-        self._rows = [fed_rows(inputs(model), batch) for batch in batches]
+        self._rows = [fed_rows(batch.feeds, inputs(model)) for batch in batches]
         self._threads = threads
         self._ends: list[_State] = []
 

@@ -61,7 +61,7 @@ def command(
     from pwopt.checking import check
     from pwopt.report import check as report
 
-    with progress_bar() as progress:
+    with progress_bar() as bar:
         verdict = check(
             original,
             rewritten,
@@ -72,7 +72,7 @@ def command(
             shapes=shapes,
             max_drop=max_drop,
             min_speedup=min_speedup,
-            progress=progress,
+            progress=bar.progress,
         )
     if as_json:
         click.echo(report.to_json(verdict))

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import click
 
 from pwopt.cli.options import (
+    check_company,
+    check_distinct,
     check_writable,
     checkpoint_option,
     data_option,
@@ -14,9 +16,9 @@ from pwopt.cli.options import (
     is_first,
     is_given,
     json_option,
-    learning_bar,
     minutes_option,
     preprocess_option,
+    progress_bar,
     resume_option,
     shape_option,
 )
@@ -67,9 +69,10 @@ class WeightParam(click.ParamType):  # type: ignore[type-arg]  # generic since c
 @click.option(
     "--label-weight",
     type=float,
-    default=0.0,
+    default=0,
+    show_default=True,
     metavar="W",
-    help="What the cross entropy with labels counts beside the teacher.  [default: 0]",
+    help="What the cross entropy with labels counts beside the teacher.",
 )
 @click.option(
     "--output-weight",
@@ -82,7 +85,7 @@ class WeightParam(click.ParamType):  # type: ignore[type-arg]  # generic since c
     "--temperature",
     type=float,
     metavar="T",
-    help="What class scores are divided by before they are compared.  [default: 1]",
+    help="What class scores are divided by before they are compared.  [default: 2]",
 )
 @click.option(
     "--rate",
@@ -94,12 +97,17 @@ class WeightParam(click.ParamType):  # type: ignore[type-arg]  # generic since c
     "--batch-size",
     type=click.IntRange(min=1),
     default=64,
+    show_default=True,
     metavar="N",
-    help="Samples in a step, of all processes together.  [default: 64]",
+    help="Samples in a step, of all processes together.",
 )
 @device_option
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, help="Of the samples' order.  [default: 0]"
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the samples' order.",
 )
 @checkpoint_option
 @resume_option
@@ -141,13 +149,11 @@ def command(
         raise click.UsageError("Say with --data what to learn from; labels are not needed.")
     if steps is not None and is_given(ctx, "minutes"):
         raise click.UsageError("Give --minutes or --steps, not both.")
-    if resume and checkpoint is None:
-        raise click.UsageError("--resume goes with --checkpoint.")
+    check_company(ctx, ["resume"], checkpoint is not None, "--checkpoint")
     target = output or student.with_name(f"{student.name.removesuffix('.onnx')}.learned.onnx")
-    read = [student, teacher, Path(data)]
-    written = [path for path in (target, checkpoint) if path is not None]
-    if {p.resolve() for p in written} & {p.resolve() for p in read} or target == checkpoint:
-        raise click.UsageError("Give -o and --checkpoint files of their own.")
+    check_distinct(
+        "-o and --checkpoint", written=(target, checkpoint), read=(student, teacher, data)
+    )
     check_writable(target, checkpoint)
 
     from pwopt.learn.wishes import TEMPERATURE, Wishes, check_installed
@@ -177,7 +183,7 @@ def command(
     )
     original = Model.load(teacher)
     samples = open_data(data, original, preprocess=preprocess, shapes=shapes)
-    with learning_bar() as bar:
+    with progress_bar() as bar:
         learned = learn(
             Model.load(student), original, samples, wishes, watch=bar.watch, say=bar.say
         )
@@ -189,8 +195,4 @@ def command(
         click.echo(report.to_json(learned, target))
     else:
         report.print_table(learned)
-    if learned.failure is None:
-        finish(checkpoint, interrupted=learned.interrupted)
-    click.echo(next_step(teacher, target), err=True)
-    if learned.failure is not None:
-        raise learned.failure
+    finish(learned, checkpoint, next_step(teacher, target))

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from pwopt.progress import Progress
 
 if TYPE_CHECKING:
     from pwopt.learn.stage import Status
-    from pwopt.learn.wishes import Say, Watch
+    from pwopt.learn.wishes import Learned, Say, Watch
 
 
 class ShapeParam(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
@@ -74,16 +74,18 @@ preprocess_option = click.option(
 minutes_option = click.option(
     "--minutes",
     type=float,
-    default=10.0,
+    default=10,
+    show_default=True,
     metavar="M",
-    help="How long to learn, roughly.  [default: 10]",
+    help="How long to learn, roughly.",
 )
 
 device_option = click.option(
     "--device",
     type=click.Choice(("auto", "cpu", "cuda")),
     default="auto",
-    help="Where to learn: auto takes a GPU if there is one.  [default: auto]",
+    show_default=True,
+    help="Where to learn: auto takes a GPU if there is one.",
 )
 
 checkpoint_option = click.option(
@@ -108,6 +110,23 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def check_company(ctx: click.Context, options: Iterable[str], is_there: bool, company: str) -> None:
+    """Refuse options that say nothing without another one."""
+    for option in options:
+        if not is_there and is_given(ctx, option):
+            raise click.UsageError(f"--{option.replace('_', '-')} goes with {company}.")
+
+
+def check_distinct(
+    options: str, *, written: Iterable[Path | None], read: Iterable[str | Path | None]
+) -> None:
+    """Refuse files to be written that are read too, or named twice, by these options."""
+    files = [path.resolve() for path in written if path is not None]
+    sources = {Path(path).resolve() for path in read if path is not None}
+    if len(set(files) - sources) < len(files):
+        raise click.UsageError(f"Give {options} files of their own.")
+
+
 def check_writable(*paths: Path | None) -> None:
     """Refuse files to be written that are folders, or in folders that are not there."""
     for path in paths:
@@ -117,15 +136,18 @@ def check_writable(*paths: Path | None) -> None:
             raise PwoptError(f"{path}: is a folder; name a file to write")
 
 
-def finish(checkpoint: Path | None, *, interrupted: bool) -> None:
-    """Delete the checkpoint of a run that is done, or say what else became of it."""
-    if not interrupted:
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-        return
-    is_there = checkpoint is not None and checkpoint.exists()
-    later = "; the same command with --resume goes on" if is_there else ""
-    click.echo(f"Interrupted: the best weights so far are kept{later}", err=True)
+def finish(learned: "Learned | None", checkpoint: Path | None, next_step: str) -> None:
+    """Say what to do next; delete the checkpoint of a run that is done, or raise what ended it."""
+    failure = None if learned is None else learned.failure
+    if learned is not None and learned.interrupted:
+        is_there = checkpoint is not None and checkpoint.exists()
+        later = "; the same command with --resume goes on" if is_there else ""
+        click.echo(f"Interrupted: the best weights so far are kept{later}", err=True)
+    elif learned is not None and failure is None and checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    click.echo(next_step, err=True)
+    if failure is not None:
+        raise failure
 
 
 @dataclass(frozen=True)
@@ -144,14 +166,7 @@ class Bar:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress | None]:
-    """Show what is being done, with the time left, on stderr if that is a terminal."""
-    with learning_bar() as bar:
-        yield bar.progress
-
-
-@contextmanager
-def learning_bar() -> Iterator[Bar]:
+def progress_bar() -> Iterator[Bar]:
     """Show what is being done or learned, with the time left, on stderr if that is a terminal.
 
     It is drawn when something is reported and at no other time: that would disturb what is timed.

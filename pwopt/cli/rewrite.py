@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from pwopt.cli.options import (
+    check_company,
+    check_distinct,
     check_writable,
     checkpoint_option,
     data_option,
     device_option,
     finish,
-    is_given,
     json_option,
-    learning_bar,
     minutes_option,
     preprocess_option,
+    progress_bar,
     resume_option,
     shape_option,
     threads_option,
@@ -108,8 +109,8 @@ class RankParam(click.ParamType):  # type: ignore[type-arg]  # generic since cli
     "--cost",
     type=click.Choice(("measured", "macs")),
     default="measured",
-    help="What splits are chosen by: time on this machine, or MACs for another.  "
-    "[default: measured]",
+    show_default=True,
+    help="What splits are chosen by: time on this machine, or MACs for another.",
 )
 @click.option(
     "--pareto",
@@ -121,18 +122,24 @@ class RankParam(click.ParamType):  # type: ignore[type-arg]  # generic since cli
     "--samples",
     type=click.IntRange(min=8),
     default=1024,
+    show_default=True,
     metavar="N",
-    help="Samples of --data to calibrate on at most; all are learned from.  [default: 1024]",
+    help="Samples of --data to calibrate on at most; all are learned from.",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, help="Of whatever is random.  [default: 0]"
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of whatever is random.",
 )
 @minutes_option
 @click.option(
     "--activation",
     type=click.Choice(ACTIVATIONS),
     default="linear",
-    help="What stands inside a learned bottleneck: nothing, or a Relu.  [default: linear]",
+    show_default=True,
+    help="What stands inside a learned bottleneck: nothing, or a Relu.",
 )
 @device_option
 @checkpoint_option
@@ -207,12 +214,11 @@ def command(
         )
     if auto and sides not in (None, "auto"):
         raise click.UsageError("--sides goes with a rank; --bottleneck auto chooses them itself.")
-    _check_company(ctx, _FOR_MEASURING, exact or auto or learns, "--exact")
-    _check_company(ctx, _FOR_AUTO, auto, "--bottleneck auto")
-    _check_company(ctx, _FOR_DATA, data is not None, "--data")
-    _check_company(ctx, _FOR_LEARNING, learns, "--init learned")
-    if resume and checkpoint is None:
-        raise click.UsageError("--resume goes with --checkpoint.")
+    check_company(ctx, _FOR_MEASURING, exact or auto or learns, "--exact")
+    check_company(ctx, _FOR_AUTO, auto, "--bottleneck auto")
+    check_company(ctx, _FOR_DATA, data is not None, "--data")
+    check_company(ctx, _FOR_LEARNING, learns, "--init learned")
+    check_company(ctx, ["resume"], checkpoint is not None, "--checkpoint")
 
     if output is None and model.exists() and not (model.is_file() or model.is_dir()):
         raise click.UsageError("Say with -o where the result goes: the model is no plain file.")
@@ -220,13 +226,11 @@ def command(
     if target.resolve() == model.resolve():
         raise click.UsageError("-o is the model itself, which check will want to compare with.")
     picture = pareto.with_suffix(".png") if pareto is not None else None
-    files = (target, pareto, picture, checkpoint)
-    written = [path.resolve() for path in files if path is not None]
-    read = [model.resolve(), *([Path(data).resolve()] if data is not None else [])]
-    if len({*written, *read}) < len(written) + len(read):
-        raise click.UsageError(
-            "Give -o, --checkpoint and --pareto (with a .png beside it) files of their own."
-        )
+    check_distinct(
+        "-o, --checkpoint and --pareto (with a .png beside it)",
+        written=(target, checkpoint, pareto, picture),
+        read=(model, data),
+    )
     check_writable(output, pareto, checkpoint)
     if confident and max_drop is None and speedup is not None:
         raise click.UsageError("--confident goes with --max-drop.")
@@ -249,7 +253,7 @@ def command(
     learning = Wishes(
         minutes=minutes, device=device, seed=seed, checkpoint=checkpoint, resume=resume
     )
-    with learning_bar() as bar:
+    with progress_bar() as bar:
         result = rewrite(
             model,
             bottleneck=bottleneck,
@@ -286,19 +290,4 @@ def command(
             click.echo(f"Wrote {pareto} and {picture}", err=True)
         else:
             click.echo(f"Wrote {pareto}; for a picture too: pip install 'pwopt[plots]'", err=True)
-    learned = result.learned
-    failure = None if learned is None else learned.failure
-    if learned is not None and failure is None:
-        finish(checkpoint, interrupted=learned.interrupted)
-    click.echo(report.next_step(model, target), err=True)
-    if failure is not None:
-        raise failure
-
-
-def _check_company(
-    ctx: click.Context, options: tuple[str, ...], is_there: bool, company: str
-) -> None:
-    """Refuse options that say nothing without another one."""
-    for option in options:
-        if not is_there and is_given(ctx, option):
-            raise click.UsageError(f"--{option.replace('_', '-')} goes with {company}.")
+    finish(result.learned, checkpoint, report.next_step(model, target))

@@ -1,7 +1,7 @@
 """Feeds made to fit a model's inputs: what every source of samples shares."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,13 +62,15 @@ class Samples:
         """
         empty = True
         for feeds, labels in self.draw():
-            yield self._fit(feeds, labels)
+            yield self._filled(self._fit(feeds, labels))
             empty = False
         if empty:
             raise DataError(f"{self.name}: has no samples")
 
     def at(self, numbers: Sequence[int]) -> Batch:
         """Give the samples of these numbers, in this order; only of a source that can `take`.
+
+        The batch is not filled up.
 
         Raises:
             DataError: a sample that does not fit the model.
@@ -90,7 +92,9 @@ class Samples:
                 yield Batch(feeds, None if batch.labels is None else batch.labels[one], 1)
 
     def join(self, parts: Sequence[Batch]) -> Batch:
-        """Put batches together, which must not be filled up. Labels are left out if some lack them.
+        """Put batches together that are not filled up; the result is, where the model demands it.
+
+        Labels are left out if some lack them.
 
         Raises:
             DataError: their samples differ in shape, or in an input that all of a batch share.
@@ -110,11 +114,12 @@ class Samples:
             for name, array in first.feeds.items()
         }
         labels = [part.labels for part in parts if part.labels is not None]
-        return Batch(
+        joined = Batch(
             feeds,
             np.concatenate(labels) if len(labels) == len(parts) else None,
             sum(part.samples for part in parts),
         )
+        return self._filled(joined)
 
     def resize(self, feeds: Feeds, size: int) -> dict[str, Array]:
         """Make a feed of `size` rows out of another: its first ones, repeated where too few."""
@@ -123,10 +128,6 @@ class Samples:
             name: array[np.arange(size) % len(array)] if name in counted else array
             for name, array in feeds.items()
         }
-
-    def rows(self, feeds: Feeds) -> int:
-        """Count the rows of a feed; 1 if no input has a batch axis."""
-        return next((len(feeds[name]) for name in batched(self.inputs)), 1)
 
     def _fit(self, feeds: Feeds, labels: Any) -> Batch:
         declared = {i.name for i in self.inputs}
@@ -141,11 +142,16 @@ class Samples:
         size = fixed_batch(self.inputs) or rows
         if rows > size:
             raise DataError(f"{self.name}: gives {rows} samples at once; the model takes {size}")
-        if rows < size:
-            fitted = self.resize(fitted, size)
         if labels is not None:
             labels = class_numbers(labels, rows, self.name)
         return Batch(fitted, labels, rows)
+
+    def _filled(self, batch: Batch) -> Batch:
+        """Fill up a batch that has fewer samples than the model demands."""
+        size = fixed_batch(self.inputs) or batch.samples
+        if batch.samples >= size:
+            return batch
+        return replace(batch, feeds=self.resize(batch.feeds, size))
 
 
 def in_turn(take: Take, count: int, size: int) -> Draw:
@@ -169,6 +175,11 @@ def fixed_batch(inputs: Sequence[Input]) -> int | None:
     """Return the batch size that a model with these inputs demands; None if any will do."""
     sizes = [i.shape[0] for i in inputs if i.name in batched(inputs)]
     return sizes[0] if sizes and isinstance(sizes[0], int) else None
+
+
+def fed_rows(feeds: Feeds, inputs: Sequence[Input]) -> int:
+    """Count the rows of a feed, those that fill it up too; 1 if no input has a batch axis."""
+    return next((len(feeds[name]) for name in batched(inputs)), 1)
 
 
 def check_shape(

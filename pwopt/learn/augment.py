@@ -5,15 +5,13 @@ learns from just those gets worse on others. What decides is not how often image
 they are always new, with the original run on what they became.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from pwopt.calibration.augment import FAR, Layout, is_image, moved
+from pwopt.calibration.augment import FAR, layouts, moved
 from pwopt.data import Batch
 from pwopt.data.samples import Array
-from pwopt.shapes import Input
 
 MIXED = 0.4
 """Both parameters of the Beta distribution that weights are drawn from: most are near 0 or 1."""
@@ -33,24 +31,18 @@ def augment(
     Several images of one sample are moved and mixed alike. What is no image (see `is_image`) stays
     as it is, and the whole batch if no input is one.
     """
-    layouts = _layouts(batch)
-    if not layouts:
+    # Training batches are never filled up: what has more rows is no image of each sample.
+    found = {n: how for n, how in layouts(batch).items() if len(batch.feeds[n]) == batch.samples}
+    if not found:
         return batch
-    up, left = rng.random((2, batch.samples))
-    mirror = rng.random(batch.samples)
+    up, left, mirror = rng.random((3, batch.samples))
     share = rng.beta(mixed, mixed, batch.samples)
     share = np.maximum(share, 1 - share)
     images: dict[str, Array] = {}
-    for name, layout in layouts.items():
+    for name, layout in found.items():
         channels_first = np.moveaxis(batch.feeds[name], layout.index("C"), 1)
         ones = moved(channels_first, up, left, mirror, reach)
         weight = share.astype(ones.dtype)[:, None, None, None]
         mix = weight * ones + (1 - weight) * np.roll(ones, 1, axis=0)
         images[name] = np.ascontiguousarray(np.moveaxis(mix, 1, layout.index("C")))
     return replace(batch, feeds=batch.feeds | images)
-
-
-def _layouts(batch: Batch) -> Mapping[str, Layout]:
-    """Find the feeds that hold one image for each sample."""
-    fed = {name: is_image(Input(name, a.dtype, a.shape)) for name, a in batch.feeds.items()}
-    return {n: how for n, how in fed.items() if how and len(batch.feeds[n]) == batch.samples}

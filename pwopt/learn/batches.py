@@ -95,25 +95,17 @@ def held_out(samples: Samples, seed: int = 0) -> Collection[int]:
 def batches_of(samples: Samples, numbers: Collection[int], size: int) -> Iterator[Batch]:
     """Yield the samples of these rising numbers as they are, at most `size` in a batch.
 
-    A stream is read from its start up to the last number; numbers beyond its end are passed over.
-    The last batch is filled up where the model fixes its size.
+    Numbers beyond the end of a stream are passed over. The last batch is filled up where the model
+    fixes its size.
 
     Raises:
         DataError: samples that do not fit the model or one another, or none of these numbers.
     """
     size = _fed_at_once(samples, size)
-    if samples.take is not None:
-        rising = list(numbers)
-        for start in range(0, len(rising), size):
-            yield samples.at(rising[start : start + size])
-        return
     chosen = numbered(samples, numbers)
     empty = True
     while group := list(islice(chosen, size)):
-        batch = samples.join(group)
-        if fixed_batch(samples.inputs):
-            batch = Batch(samples.resize(batch.feeds, size), batch.labels, batch.samples)
-        yield batch
+        yield samples.join(group)
         empty = False
     if empty:
         raise DataError(f"{samples.name}: has too few samples to hold some out; give more")

@@ -9,13 +9,14 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pwopt.errors import LearnError
+from pwopt.learn.wishes import Device
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ class Processes:
 ALONE = Processes()
 
 
-def choose_device(name: Literal["auto", "cpu", "cuda"] = "auto") -> torch.device:
+def choose_device(name: Device = "auto") -> torch.device:
     """Return the device to learn on: with several GPUs in a machine, this process's own.
 
     Raises:

@@ -144,11 +144,18 @@ class _Lesson:
                 f"{before.loss:.1g}): there is little to learn, or the samples are not what the "
                 "models expect; see --preprocess"
             )
+        latest = before
+
+        def judge() -> float:
+            nonlocal latest
+            latest = self.judged()
+            return latest.loss  # of the whole network: blocks by themselves may undo it
+
         reports, failure = [], None
-        for stage, loss, judge, options in self.stages():
+        for stage, loss, options in self.stages():
 
             def watch_stage(status: Status, stage: str = stage) -> None:
-                watch(stage, replace(status, agreement=self.agreement))
+                watch(stage, replace(status, agreement=latest.agreement))
 
             try:
                 report = train(
@@ -184,18 +191,12 @@ class _Lesson:
             failure=failure,
         )
 
-    def stages(
-        self,
-    ) -> Iterator[tuple[str, Callable[[TrainingBatch], Tensor], Callable[[], float], Options]]:
-        """Yield the name of each stage, its loss, how it is judged, and how long it takes."""
+    def stages(self) -> Iterator[tuple[str, Callable[[TrainingBatch], Tensor], Options]]:
+        """Yield the name of each stage, its loss, and how long it takes."""
         share = BLOCKS if self.wishes.blocks and self.borders else 0.0
-
-        def judge() -> float:
-            return self.judged().loss  # of the whole network: blocks by themselves may undo it
-
         if share:
-            yield "blocks", self.block_loss, judge, self.options(share)
-        yield "outputs", self.output_loss, judge, self.options(1 - share)
+            yield "blocks", self.block_loss, self.options(share)
+        yield "outputs", self.output_loss, self.options(1 - share)
 
     def options(self, share: float) -> Options:
         """Return how to spend this share of the time."""
@@ -244,8 +245,7 @@ class _Lesson:
                 same += int((chosen == right).sum())
                 count += len(right)
         loss = float(np.average(losses, weights=[batch.samples for batch in self.held_out]))
-        self.agreement = same / count if count else None
-        return HeldOut(loss, self.agreement)
+        return HeldOut(loss, same / count if count else None)
 
 
 def borders(student: Model, teacher: Model) -> list[str]:

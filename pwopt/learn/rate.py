@@ -11,11 +11,12 @@ from pwopt.errors import LearnError
 LOWEST = 1e-6
 HIGHEST = 1e-2
 
-MARGIN = 3
-"""How many times lower than the largest harmless rate the one to learn with is."""
+TOLERANCE = 0.3
+"""How much the logarithm of the loss may be above its least. A good start gets worse before it gets
+better: rates that do no harm at once are so low that little is learned (docs/measured.md)."""
 
-TOLERANCE = 0.02
-"""How much of the loss is noise: a rate whose loss is within this of the best is as good."""
+MARGIN = 3
+"""How many times lower than the largest tolerable rate the one to learn with is."""
 
 
 def schedule(step: int, steps: int, warm_up: float) -> float:
@@ -38,8 +39,7 @@ def ladder(points: int) -> list[float]:
 def pick(rates: Sequence[float], losses: Sequence[float], before: Sequence[float]) -> float:
     """Return the rate to learn with, after a range test (Smith 2017).
 
-    It is a third of the largest one that does no harm: what does none in a few dozen steps may do
-    some in thousands, the more so the better the start.
+    It is a third of the largest one that does tolerable harm in a few dozen steps.
 
     Args:
         rates: Rising.

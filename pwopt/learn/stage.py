@@ -19,7 +19,8 @@ class Options:
         rate: Of Adam, at its height; None to find it by a range test.
         warm_up: The share of the steps in which the rate rises.
         judgements: How many are spread over the steps; fewer where they would take too long.
-        patience: After how many judgements without a better one to stop.
+        patience: After how many judgements without a better one to stop; most, since a good start
+            only gets better as the rate falls.
         checkpoint_seconds: How often the state is saved.
     """
 
@@ -28,7 +29,7 @@ class Options:
     rate: float | None = None
     warm_up: float = 0.05
     judgements: int = 30
-    patience: int = 20
+    patience: int = 25
     checkpoint_seconds: float = 120.0
 
 

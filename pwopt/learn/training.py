@@ -5,8 +5,8 @@ given, they are turned into steps once, by the pace of the first steps, and the 
 that number: so a run that was killed and taken up again does exactly what an unbroken one does.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from math import ceil, inf, isfinite, nan
@@ -41,7 +41,7 @@ TIMED = 5
 POINTS = range(12, 41)
 """Rates of a range test: as many as its share of the time allows."""
 
-SHARE_OF_RANGE_TEST = 0.03
+SHARE_OF_LOSSES_BEFORE = 0.03
 """How much of the minutes the losses before any step may take, about a quarter of the test."""
 
 SHARE_OF_JUDGING = 0.2
@@ -51,7 +51,7 @@ SHARE_OF_JUDGING = 0.2
 def train(
     parameters: Parameters,
     loss: Callable[[B], Tensor],
-    batches: Callable[[int], Iterator[B]],
+    batches: Callable[[int], Generator[B, None, None]],
     judge: Callable[[], float],
     options: Options,
     *,
@@ -154,7 +154,7 @@ class _Course:
 class _Training(Generic[B]):
     parameters: Parameters
     loss: Callable[[B], Tensor]
-    batches: Callable[[int], Iterator[B]]
+    batches: Callable[[int], Generator[B, None, None]]
     judge: Callable[[], float]
     options: Options
     stage: str
@@ -238,7 +238,7 @@ class _Training(Generic[B]):
         losses: list[float] = []
         seconds: list[float] = []
         try:
-            with _closing(self.batches(0)) as batches:
+            with closing(self.batches(0)) as batches:
                 for rate, at_start in zip(rates, before, strict=True):
                     begun = monotonic()
                     losses.append(self.descent.step(next(batches), rate))
@@ -254,11 +254,11 @@ class _Training(Generic[B]):
         """Return the losses of the first batches: as many as there is time for."""
         losses: list[float] = []
         minutes = inf if self.options.minutes is None else self.options.minutes
-        with _closing(self.batches(0)) as batches:
+        with closing(self.batches(0)) as batches:
             begun = monotonic()
             for batch in islice(batches, POINTS[-1]):
                 losses.append(self.descent.loss(batch))
-                late = monotonic() - begun > SHARE_OF_RANGE_TEST * 60 * minutes
+                late = monotonic() - begun > SHARE_OF_LOSSES_BEFORE * 60 * minutes
                 if self.processes.share(late and len(losses) >= POINTS[0]):
                     break
         return losses
@@ -270,7 +270,7 @@ class _Training(Generic[B]):
             self._plan()
         course, options = self.course, self.options
         self.first_step, self.steps_begun = course.step, monotonic()
-        with _closing(self.batches(course.step)) as batches:
+        with closing(self.batches(course.step)) as batches:
             while course.step < course.steps:
                 rate = course.rate * schedule(course.step, course.steps, options.warm_up)
                 loss = self.descent.step(next(batches), rate)
@@ -307,8 +307,7 @@ class _Training(Generic[B]):
         course.history.append((course.step, mean, value))
         course.losses.clear()
         if value < course.best:
-            self.best = snapshot(self.parameters)
-            course.best, course.best_step, course.stale = value, course.step, 0
+            self._keep(value)
             return None
         course.stale += 1
         if not isfinite(value) or 0 < WRECKED * course.start < value:
@@ -317,15 +316,16 @@ class _Training(Generic[B]):
 
     def _keep_if_better(self) -> None:
         """Judge the weights as they are now, so that what was learned since is not lost."""
-        course = self.course
-        with contextlib.suppress(KeyboardInterrupt):  # for those who cannot wait
+        with suppress(KeyboardInterrupt):  # for those who cannot wait
             value = self._judged()
-            if value < course.best:
-                self.best, course.best, course.best_step = (
-                    snapshot(self.parameters),
-                    value,
-                    course.step,
-                )
+            if value < self.course.best:
+                self._keep(value)
+
+    def _keep(self, value: float) -> None:
+        """Take the weights as they are now for the best."""
+        course = self.course
+        self.best = snapshot(self.parameters)
+        course.best, course.best_step, course.stale = value, course.step, 0
 
     def _rescue(self) -> Ended | None:
         """Go back to the best weights, and on more slowly."""
@@ -399,14 +399,3 @@ class _Training(Generic[B]):
             if not self.unsaved_is_known:
                 self.say(f"{error}; learning goes on without a checkpoint")
             self.unsaved_is_known = True
-
-
-@contextlib.contextmanager
-def _closing(batches: Iterator[B]) -> Iterator[Iterator[B]]:
-    """End the threads behind batches, where there are any."""
-    try:
-        yield batches
-    finally:
-        close = getattr(batches, "close", None)
-        if close is not None:
-            close()

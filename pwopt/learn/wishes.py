@@ -19,9 +19,8 @@ Watch = Callable[[str, Status], None]
 Say = Callable[[str], None]
 """Called with lines to be read."""
 
-TEMPERATURE = 1.0
-"""2 to 4 is customary for a saturated teacher. On mixed images it is not saturated, and what counts
-in the end are its classes as they are: see docs/measured.md."""
+TEMPERATURE = 2.0
+"""Such as is customary for a saturated teacher; see docs/measured.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,10 @@ import numpy.typing as npt
 from pwopt import analysis, runtime
 from pwopt.calibration import Stop, Walk
 from pwopt.calibration.alone import Run, runner
-from pwopt.calibration.samples import fed_rows, real
+from pwopt.calibration.samples import real
 from pwopt.comparing import Outputs, class_scores, log_probabilities
 from pwopt.data import Batch
+from pwopt.data.samples import fed_rows
 from pwopt.linear import Linear
 from pwopt.lowrank import Factors
 from pwopt.model import Model
@@ -145,10 +146,9 @@ class _Probe:
     ) -> None:
         declared = inputs(model)
         self._model = model
-        self._name = model.name
         self._split = split
         self._threads = threads
-        self._sizes = [(fed_rows(declared, batch), batch.samples) for batch in batches]
+        self._sizes = [(fed_rows(batch.feeds, declared), batch.samples) for batch in batches]
         whole = runtime.run(
             runtime.session(model, threads=threads), batches[0].feeds, name=model.name
         )
@@ -162,7 +162,7 @@ class _Probe:
         side_by_side = max(1, SIDE_BY_SIDE // held)
 
         def run(read: Mapping[str, Array]) -> Outputs:
-            return runtime.run(tail, read, name=self._name)
+            return runtime.run(tail, read, name=self._model.name)
 
         found: dict[Option, float] = {}
         for start in range(0, len(options), side_by_side):

@@ -7,9 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pwopt import analysis, runtime
-from pwopt.calibration.samples import fed_rows, real
+from pwopt.calibration.samples import real
 from pwopt.comparing import check_labels, class_scores
 from pwopt.data import Batch
+from pwopt.data.samples import fed_rows
 from pwopt.linear import Linear
 from pwopt.model import Model
 from pwopt.runtime import Array, Feeds, Speedup
@@ -171,7 +172,7 @@ class Yardstick:
         parts = []
         for batch in batches:
             outputs = runtime.run(session, batch.feeds, name=model.name)
-            rows = fed_rows(declared, batch)
+            rows = fed_rows(batch.feeds, declared)
             parts.append({n: real(array, rows, batch.samples) for n, array in outputs.items()})
         return {n: np.concatenate([np.atleast_1d(p[n]) for p in parts]) for n in parts[0]}
 

@@ -1,6 +1,7 @@
 """Calibration takes its samples from the whole source and keeps some to judge by."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def test_spread_over_the_source_and_mixed(tmp_path: Path, text: str) -> None:
     for batch in (*calibration.fit, *calibration.held_out):
         assert batch.labels is not None
         np.testing.assert_array_equal(batch.labels, batch.feeds["x"][: batch.samples, 0] // 1000)
+
+
+def test_no_others_are_read_where_those_can_be_taken(tmp_path: Path) -> None:
+    source = replace(open_data(arrays(tmp_path, 100), parse(FIXED)), draw=pytest.fail)
+    fit, held = numbers(calibration_samples(source, limit=16))
+    assert (len(fit), len(held)) == (12, 4)
 
 
 def test_the_same_every_time(tmp_path: Path) -> None:

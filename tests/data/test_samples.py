@@ -5,6 +5,7 @@ import pytest
 from samples import model
 
 from pwopt.data import fixed_batch, open_data, random_data
+from pwopt.data.samples import fed_rows
 from pwopt.errors import DataError
 from pwopt.shapes import inputs
 
@@ -13,7 +14,7 @@ def test_resize_repeats_rows_of_the_inputs_that_count_samples() -> None:
     samples = random_data(model("float[N, 3] x, float[2] d"), batch=2)
     feeds = next(iter(samples)).feeds
     resized = samples.resize(feeds, 3)
-    assert samples.rows(resized) == 3
+    assert fed_rows(resized, samples.inputs) == 3
     np.testing.assert_array_equal(resized["x"], feeds["x"][[0, 1, 0]])
     assert resized["d"].shape == (2,)
 
