@@ -8,7 +8,7 @@ until the bound holds.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import inf, sqrt
 
 import numpy as np
@@ -33,6 +33,11 @@ WORST_HARM = 1.0
 
 WORST_HARM_TO_LEARN = 20.0
 """That where learning will win back what is lost."""
+
+EARLY = (1.0, 0.3, 0.1)
+"""What the harm that the first layer does may count beside that of the last one. Alone, each layer
+does its harm to a network that is not split behind it; in a plan, later splits are fitted to make
+up for what earlier ones have lost. By how much, only building tells."""
 
 CLOSE = 1.04
 """Speeds as close as this are not told apart any more."""
@@ -157,6 +162,7 @@ class Search:
         self._cores = cores
         self._worst_harm = worst_harm
         self._progress = progress
+        self._early, self._settled = EARLY[0], False
 
     @property
     def limit(self) -> float:
@@ -177,7 +183,10 @@ class Search:
         limit = inf
         if speedup:
             limit = self._latencies.run_ms * (1 - (1 - 1 / speedup) / self._worth)
-        return self._allocate(lambda way: way.harm, limit, inf, bounds)
+        # In equal ratios from the first layer to the last.
+        counts = np.geomspace(self._early, 1, len(self._layers)).tolist()
+        weights = {layer.where: c for layer, c in zip(self._layers, counts, strict=True)}
+        return self._allocate(lambda way: weights[way.where] * way.harm, limit, inf, bounds)
 
     def fastest(self, bounds: Bounds) -> float:
         """Return the speed-up beyond which no plan is worth building; 0 if none is at all."""
@@ -255,29 +264,49 @@ class Search:
         is allowed; else the most accurate one of the size allowed. It may have no layer split.
         """
         if bounds.speedup is not None:
-            self._aim(bounds.speedup, bounds)
+            speedup = bounds.speedup
+            self._settle(lambda: self._aim(speedup, bounds))
         elif bounds.max_drop is not None:
             self._bisect(bounds)
         else:
-            self._trial(self._kept_plan(0, bounds))
+            self._build(0, bounds)
         within = [trial for trial in self.trials if self._meets(trial, bounds)]
         if bounds.speedup is None and bounds.max_drop is not None:
             return max(within, key=self._reached, default=None)
-        return min(within, key=lambda trial: trial.point.loss, default=None)
+        return min(within, key=_inaccuracy, default=None)
 
     def curve(self, points: int) -> None:
         """Build models all the way from the model as it is to the fastest worth building."""
         for speedup in np.geomspace(1, max(self.fastest(Bounds()), 1), points):
-            self._trial(self._kept_plan(speedup / (1 + 1e-6), Bounds()))
+            self._build(speedup / (1 + 1e-6), Bounds())
 
     def model(self, trial: Trial) -> Model:
         """Return the model of a trial."""
         return split_model(self._model, self._layers, trial.factors)
 
-    def _aim(self, speedup: float, bounds: Bounds) -> None:
+    def _settle(self, build: Callable[[], Trial | None]) -> Trial | None:
+        """Find out how much the harm of early layers counts: build until that makes it worse.
+
+        Returns the best of what `build` gave; later plans count as that one did.
+        """
+        best, kept = None, EARLY[0]
+        for self._early in EARLY:
+            trial = build()
+            if trial is None:
+                break
+            if best is None or _inaccuracy(trial) < _inaccuracy(best):
+                best, kept = trial, self._early
+            elif trial is not best:
+                self._settled = True
+                break
+        self._early = kept
+        return best
+
+    def _aim(self, speedup: float, bounds: Bounds) -> Trial | None:
         """Build the least harmful model that is so many times as fast as the original.
 
-        Speed is measured before anything is fitted, since it does not depend on values.
+        Speed is measured before anything is fitted, since it does not depend on values. None is
+        returned where no model was fast enough.
         """
         aim, best = speedup / self._gain, None
         for _ in range(STEPS):
@@ -295,7 +324,8 @@ class Search:
             if trial is None or self._reached(trial) >= speedup:
                 break
             aim *= CLOSE
-            trial = self._trial(self._kept_plan(aim, bounds))
+            trial = self._build(aim, bounds)
+        return trial if trial is not None and self._reached(trial) >= speedup else None
 
     def _bisect(self, bounds: Bounds) -> None:
         """Build models around the fastest within the bounds.
@@ -307,14 +337,19 @@ class Search:
             if fast < CLOSE * slow:
                 break
             middle = sqrt(slow * fast)
-            trial = self._trial(self._kept_plan(middle, bounds))
+            build = partial(self._build, middle, bounds)
+            trial = build() if self._settled else self._settle(build)
             if trial is not None and bounds.allow(trial.point):
                 slow = middle
             else:
                 fast = middle
         allowed = [self._reached(trial) for trial in self.trials if bounds.allow(trial.point)]
         if max(allowed, default=0.0) < self._gain:
-            self._trial(self._kept_plan(0, bounds))
+            self._build(0, bounds)
+
+    def _build(self, speedup: float, bounds: Bounds) -> Trial | None:
+        """Build the least harmful model foretold to be so many times as fast as the model."""
+        return self._trial(self._kept_plan(speedup, bounds))
 
     def _meets(self, trial: Trial, bounds: Bounds) -> bool:
         point = trial.point
@@ -381,6 +416,11 @@ class Search:
     def _splits(self, plan: Plan) -> dict[str, Split]:
         sizes = {layer.where: layer.size for layer in self._layers}
         return {where: Split(sizes[where], o.sides, o.rank) for where, o in plan.items()}
+
+
+def _inaccuracy(trial: Trial) -> tuple[float, float]:
+    """Return what models of about the same speed are compared by: errors are less noisy."""
+    return trial.point.error, trial.point.loss
 
 
 def _random(split: Split) -> Factors:

@@ -23,7 +23,7 @@ from pwopt.runtime import Speedup
 from pwopt.search import search as module
 from pwopt.search.front import Point
 from pwopt.search.latency import Latencies, Option, Plan, nominal_factors
-from pwopt.search.search import CLOSE, Bounds, Search, Trial, split_model
+from pwopt.search.search import CLOSE, EARLY, Bounds, Search, Trial, split_model
 
 NET = """
     net (float[N,64,8,8] x) => (float[N,10] y)
@@ -309,8 +309,9 @@ def test_no_layer_at_all() -> None:
 @pytest.mark.parametrize("drop", [0.5, 1, 2, 3, 5])
 @pytest.mark.parametrize("confident", [False, True])
 def test_the_fastest_of_the_allowed_is_found(
-    fitted: list[Any], drop: float, confident: bool
+    fitted: list[Any], monkeypatch: pytest.MonkeyPatch, drop: float, confident: bool
 ) -> None:
+    monkeypatch.setattr(module, "EARLY", (1.0,))  # or plans lose more that harm less
     found, bounds = timed(), Bounds(max_drop=drop, confident=confident)
     best = found.find(bounds)
     assert best is not None
@@ -364,7 +365,38 @@ def test_the_speed_wanted_is_measured_not_foretold(
     assert 1 / found.predicted(best.plan) >= slowness * speedup * 0.999
     # and no more than needed: grids of ranks are coarse
     assert best.point.speedup < 1.3 * speedup
-    assert len(fitted) == 1  # what was too slow was never fitted
+    # What was too slow was never fitted.
+    assert all(trial.point.speedup >= speedup for trial in found.trials)
+    assert len(fitted) == len(found.trials) <= len(EARLY)
+
+
+@pytest.mark.parametrize("speedup", [1.5, 2.5, 3])
+def test_early_harm_counts_as_much_as_it_is_found_to(
+    fitted: list[Any], monkeypatch: pytest.MonkeyPatch, speedup: float
+) -> None:
+    """Later splits mend most of what the first one breaks, or none of it."""
+
+    def errors(mended: float, early: Sequence[float]) -> tuple[float, float]:
+        judge = FakeYardstick.point
+
+        def point(self: FakeYardstick, *given: Any) -> Point:
+            judged = judge(self, *given)
+            harms = {w: (16 / int(option.split()[1])) ** 2 for w, option in judged.ranks.items()}
+            return replace(judged, error=sum(harms.values()) - mended * harms.get("a", 0))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeYardstick, "point", point)
+            patch.setattr(module, "EARLY", early)
+            found = timed()
+            best = found.find(Bounds(speedup=speedup))
+        assert best is not None
+        return best.point.error, found._early
+
+    for mended in (0.0, 0.95):
+        assert errors(mended, EARLY)[0] <= errors(mended, EARLY[:1])[0]
+    assert errors(0.95, EARLY)[0] < 0.9 * errors(0.95, EARLY[:1])[0]
+    assert errors(0.0, EARLY)[1] == EARLY[0]
+    assert errors(0.95, EARLY)[1] < EARLY[0]
 
 
 def test_a_speed_that_no_plan_reaches(fitted: list[Any]) -> None:
