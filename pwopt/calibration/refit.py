@@ -23,6 +23,7 @@ from pwopt.calibration.samples import spread
 from pwopt.calibration.walk import Stop, Walk
 from pwopt.cost import Split
 from pwopt.data import Batch
+from pwopt.errors import ModelError
 from pwopt.graph import is_op, is_output
 from pwopt.linear import Linear
 from pwopt.lowrank import Factors, regression
@@ -68,7 +69,7 @@ def refit(
         progress: Told how many layers are done.
 
     Raises:
-        ModelError: onnxruntime cannot run a part of the model.
+        ModelError: onnxruntime cannot run a part of the model, or it puts out NaN.
     """
     chosen = [layer for layer in layers if layer.where in splits]
     fitted: dict[str, Factors] = {}
@@ -77,10 +78,16 @@ def refit(
         if progress:
             progress("fitting layers", len(fitted), len(chosen))
         behind = _behind(model.graph, stop)
-        if split.sides == "output":
-            factors = _fit_output_side(model, stop, split, behind, batches, threads)
-        else:
-            factors = _fit_reduced(stop, split, behind, batches)
+        try:
+            if split.sides == "output":
+                factors = _fit_output_side(model, stop, split, behind, batches, threads)
+            else:
+                factors = _fit_reduced(stop, split, behind, batches)
+        except ValueError as error:
+            raise ModelError(
+                f"{model.name}: '{layer.where}' cannot be fitted: {error}; look for NaN in the "
+                "weights and in the samples"
+            ) from error
         fitted[layer.where] = factors
         stop.replace(runner(model, layer, factors, threads))
     return fitted

@@ -8,6 +8,7 @@ import click
 from pwopt.cli.options import (
     check_company,
     check_distinct,
+    check_unfinished,
     check_writable,
     checkpoint_option,
     data_option,
@@ -138,8 +139,8 @@ def command(
 ) -> None:
     """Train the weights of STUDENT to do what ORIGINAL does, and write the result.
 
-    No labels are needed; the graph stays the same. The result is never worse than STUDENT on the
-    samples held out. Ctrl-C keeps the best so far.
+    No labels are needed; the graph stays the same. On the samples held out, the loss is never
+    larger than that of STUDENT. Ctrl-C keeps the best so far.
 
     Example: pwopt learn small.onnx --teacher model.onnx --data images/ --preprocess imagenet
 
@@ -155,6 +156,7 @@ def command(
         "-o and --checkpoint", written=(target, checkpoint), read=(student, teacher, data)
     )
     check_writable(target, checkpoint)
+    check_unfinished(checkpoint, resume=resume)
 
     from pwopt.learn.wishes import TEMPERATURE, Wishes, check_installed
 

@@ -128,12 +128,22 @@ def check_distinct(
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Refuse files to be written that are folders, or in folders that are not there."""
+    """Refuse files to be written that are folders, or in folders not there or not to be changed."""
     for path in paths:
         if path is not None and not path.parent.is_dir():
             raise click.UsageError(f"There is no folder {path.parent}; make it, or name another.")
         if path is not None and path.is_dir():
             raise PwoptError(f"{path}: is a folder; name a file to write")
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise PwoptError(f"{path}: its folder cannot be written to; name another one")
+
+
+def check_unfinished(checkpoint: Path | None, *, resume: bool) -> None:
+    """Refuse to begin anew where a run that was not finished has left its checkpoint."""
+    if checkpoint is not None and not resume and checkpoint.exists():
+        raise click.UsageError(
+            f"{checkpoint} is there already: add --resume to go on, or delete it to begin anew."
+        )
 
 
 def finish(learned: "Learned | None", checkpoint: Path | None, next_step: str) -> None:

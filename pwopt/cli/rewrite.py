@@ -10,6 +10,7 @@ import click
 from pwopt.cli.options import (
     check_company,
     check_distinct,
+    check_unfinished,
     check_writable,
     checkpoint_option,
     data_option,
@@ -87,7 +88,10 @@ class RankParam(click.ParamType):  # type: ignore[type-arg]  # generic since cli
 @data_option
 @preprocess_option
 @click.option(
-    "--speedup", type=click.FloatRange(min=1), metavar="X", help="Be X times as fast, measured."
+    "--speedup",
+    type=click.FloatRange(min=1),
+    metavar="X",
+    help="Be X times as fast, measured; with --cost macs, have 1/X of the MACs.",
 )
 @click.option(
     "--max-drop",
@@ -231,7 +235,8 @@ def command(
         written=(target, checkpoint, pareto, picture),
         read=(model, data),
     )
-    check_writable(output, pareto, checkpoint)
+    check_writable(target if model.exists() else output, pareto, checkpoint)
+    check_unfinished(checkpoint, resume=resume)
     if confident and max_drop is None and speedup is not None:
         raise click.UsageError("--confident goes with --max-drop.")
 

@@ -4,7 +4,7 @@ The student is a rewritten network, the teacher the original. Both are given the
 ones made of those there are (`pwopt.learn.augment`); no labels are needed. The whole network learns
 to give the teacher's outputs. If asked to, every block learns by itself before that, on what its
 teacher's counterpart reads. Either stage keeps the weights whose outputs did best on samples held
-out; so the result is never worse there than the start.
+out; so their loss is never larger than at the start.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -144,6 +144,8 @@ class _Lesson:
                 f"{before.loss:.1g}): there is little to learn, or the samples are not what the "
                 "models expect; see --preprocess"
             )
+        elif caution := self.caution():
+            say(caution)
         latest = before
 
         def judge() -> float:
@@ -205,6 +207,19 @@ class _Lesson:
             minutes=None if minutes is None or steps is not None else share * minutes,
             steps=None if steps is None else max(round(share * steps), 1),
             rate=self.wishes.rate,
+        )
+
+    def caution(self) -> str | None:
+        """Say that the teacher cannot tell the samples apart, where that is so."""
+        scores = self.objective.scores
+        if scores is None:
+            return None
+        classes = torch.cat([_classes(outputs[scores]) for outputs in self.taught])
+        if (classes != classes[0]).any():
+            return None
+        return (
+            f"Caution: the original takes all samples of {self.source} for class "
+            f"{int(classes[0])}: look at --preprocess"
         )
 
     # -- losses -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from pwopt.comparing import Array, are_probabilities, class_scores
-from pwopt.errors import LearnError
+from pwopt.errors import DataError, LearnError
 from pwopt.learn.wishes import TEMPERATURE
 
 _STEADY = 1e-2
@@ -79,7 +79,8 @@ class Distillation:
         Integer and boolean outputs are left aside: nothing can be learned from them.
 
         Raises:
-            LearnError: outputs differ in name or shape, or a label is none of the classes.
+            LearnError: outputs differ in name or shape.
+            DataError: a label is none of the classes.
         """
         check_outputs(student, teacher)
         names = [name for name, output in teacher.items() if output.is_floating_point()]
@@ -184,7 +185,7 @@ def _check_labels(labels: Tensor, classes: int) -> None:
         return
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
-        raise LearnError(
+        raise DataError(
             f"label {int(wrong[0])} is none of the model's {classes} classes; mend the labels"
         )
 

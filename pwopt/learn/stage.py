@@ -70,8 +70,8 @@ class Report:
         steps: Steps taken or skipped.
         planned: How many there would have been.
         skipped: Steps whose loss or gradient was not finite.
-        rate: The learning rate at its height, after all halvings.
-        halvings: How often the rate was halved.
+        rate: The learning rate at its height, as lowered in the end.
+        halvings: How often the rate was lowered.
         start: The held-out value at the start.
         best: That of the weights that were kept.
         best_step: The step they are of; 0 for the start.
@@ -103,11 +103,11 @@ class Report:
     def why(self) -> str:
         """Say why it ended."""
         match self.ended:
+            case "done" | "no longer better" if not self.best_step:
+                return f"no better than before in {self.steps} steps: try a lower rate"
             case "done":
                 return f"{self.steps} steps done"
             case "no longer better":
-                if not self.best_step:
-                    return f"no better than before in {self.steps} steps: try a lower rate"
                 return f"no longer better after {self.steps} of {self.planned} steps"
             case "diverged":
                 return f"diverged, even at a rate of {self.rate:.2g}: give a lower one"

@@ -32,6 +32,13 @@ SKIPPED_IN_A_ROW = 20
 RESCUES = 5
 """How often the best weights are restored and the rate halved."""
 
+HOPELESS = 0.5
+"""The share of the steps after which learning that never did better than the start has too high a
+rate: on few samples, or in few steps, there is no way back from the harm that it does at first."""
+
+TAMED = 4
+"""How many times lower the rate is then."""
+
 WRECKED = 10.0
 """Held-out values so many times the start's are no detour."""
 
@@ -65,8 +72,9 @@ def train(
 
     Steps whose loss or gradient is not finite are skipped. After many in a row, or where held-out
     samples do ten times as badly as at the start, the best weights are restored and the rate is
-    halved, a few times at most. Ctrl-C ends learning early, and the report says so. A stage that
-    the checkpoint holds is taken up where it was; one that had ended is not gone through again.
+    halved, a few times at most; after half of the steps without a gain, it is quartered. Ctrl-C
+    ends learning early, and the report says so. A stage that the checkpoint holds is taken up where
+    it was; one that had ended is not gone through again.
 
     Args:
         parameters: What is learned, by name.
@@ -295,7 +303,7 @@ class _Training(Generic[B]):
             course.skipped_in_a_row += 1
             if course.skipped_in_a_row == SKIPPED_IN_A_ROW:
                 # Weights that no step has changed are not to blame.
-                return self._rescue() if course.moved else "not finite"
+                return self._rescue("diverged", 2) if course.moved else "not finite"
         if course.step % course.every and course.step < course.steps:
             return None
         return self._judge()
@@ -311,7 +319,10 @@ class _Training(Generic[B]):
             return None
         course.stale += 1
         if not isfinite(value) or 0 < WRECKED * course.start < value:
-            return self._rescue()
+            return self._rescue("diverged", 2)
+        hopeless = HOPELESS * course.steps <= course.step < course.steps
+        if hopeless and not (course.best_step or course.halvings):
+            return self._rescue("no better than at the start", TAMED)
         return "no longer better" if course.stale >= self.options.patience else None
 
     def _keep_if_better(self) -> None:
@@ -327,20 +338,19 @@ class _Training(Generic[B]):
         self.best = snapshot(self.parameters)
         course.best, course.best_step, course.stale = value, course.step, 0
 
-    def _rescue(self) -> Ended | None:
+    def _rescue(self, why: str, slower: int) -> Ended | None:
         """Go back to the best weights, and on more slowly."""
         course = self.course
         if course.halvings == RESCUES:
             return "diverged"
         restore(self.parameters, self.best)
         self.descent.forget()
-        course.rate /= 2
+        course.rate /= slower
         course.halvings += 1
+        course.stale = 0
         course.moved = False
         course.skipped_in_a_row = 0
-        self.say(
-            f"{self.stage}: diverged; back to the best weights, at a rate of {course.rate:.2g}"
-        )
+        self.say(f"{self.stage}: {why}; back to the best weights, at a rate of {course.rate:.2g}")
         return None
 
     def _judged(self) -> float:

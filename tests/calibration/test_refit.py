@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
-from helpers import Array, parse, random_feeds, run
+from helpers import Array, parse, random_feeds, run, values
 
 from pwopt import shapes
 from pwopt.calibration import gather
@@ -13,6 +13,7 @@ from pwopt.calibration.closed_forms import ClosedForms
 from pwopt.calibration.refit import refit
 from pwopt.cost import Sides, Split
 from pwopt.data import Batch
+from pwopt.errors import ModelError
 from pwopt.linear import Linear, linear
 from pwopt.lowrank import Factors
 from pwopt.model import Model
@@ -265,3 +266,10 @@ def test_few_rows_of_many_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     fewer = fitted(model, plan)
     monkeypatch.undo()
     assert error(model, fewer) < 1.3 * error(model, fitted(model, plan))
+
+
+@pytest.mark.parametrize("form", [("output", 4), ("input", 4)])
+def test_weights_that_are_nan_are_no_fault_of_the_pass(form: tuple[Sides, int]) -> None:
+    model = parse(CHAIN, {"w": np.full(values(parse(CHAIN).to_proto())["w"].shape, np.nan)})
+    with pytest.raises(ModelError, match=r"net: 'q' cannot be fitted: .*look for NaN"):
+        factors(model, {"q": form})

@@ -200,6 +200,12 @@ def test_a_checkpoint_is_deleted_when_all_is_done(folder: Path) -> None:
     assert not (folder / "run.pt").exists()
 
 
+def test_an_unfinished_run_is_not_begun_anew_by_mistake(folder: Path) -> None:
+    (folder / "run.pt").write_bytes(b"of a run that was killed")
+    failed(learn(*BRIEF, "--checkpoint", "run.pt"), 2, "run.pt is there already: add --resume")
+    assert (folder / "run.pt").read_bytes() == b"of a run that was killed"
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that nobody may write to")
 def test_a_checkpoint_that_cannot_be_written(folder: Path) -> None:
     result = learn(*BRIEF, "--checkpoint", "/proc/pwopt.pt")
@@ -364,10 +370,18 @@ def test_bottlenecks_of_a_rank_are_learned(net: Path) -> None:
     assert error("out.onnx") < error("plain.onnx")
 
 
+def test_a_default_output_that_is_a_folder_is_refused_before_learning(net: Path) -> None:
+    (net / "net.pwopt.onnx").mkdir()
+    arguments = "rewrite net.onnx --bottleneck 8 --init learned --data calib.npz"
+    result = line(arguments)
+    failed(result, 1, "net.pwopt.onnx: is a folder; name a file to write")
+    assert "steps" not in result.stderr
+
+
 def test_a_checkpoint_stays_where_nothing_was_learned(net: Path) -> None:
     parse("g (float[N,3,16,16] x) => (float[] y) { y = Relu(x) }").save("net.onnx")
     Path("run.pt").write_bytes(b"of another run")
-    assert "learned" not in rewrite("--bottleneck", 8, "--checkpoint", "run.pt")
+    assert "learned" not in rewrite("--bottleneck", 8, "--checkpoint", "run.pt", "--resume")
     assert Path("run.pt").read_bytes() == b"of another run"
 
 

@@ -257,6 +257,28 @@ def test_nan_late_in_the_data_keeps_what_was_learned(monkeypatch: pytest.MonkeyP
     assert learned.after.loss < learned.before.loss
 
 
+def test_a_wrong_label_late_in_the_data_keeps_what_was_learned() -> None:
+    def draw() -> Iterator[Any]:
+        for number, image in enumerate(tiny.images(800)):
+            yield {"x": image[None]}, np.array([99 if number == 790 else number % 4])
+
+    source = open_data(draw, tiny.teacher())
+    wanted = wishes(rate=0.01, blocks=False, steps=400, label_weight=0.1)
+    learned = learn(tiny.student(), tiny.teacher(), source, wanted)
+    assert "label 99 is none of the model's 4 classes" in str(learned.failure)
+    assert learned.after.loss < learned.before.loss
+
+
+def test_a_teacher_that_takes_all_for_one_class(tmp_path: Path) -> None:
+    path = tmp_path / "bright.npz"
+    np.savez(path, x=np.abs(tiny.images()) + 1000 * np.ones((160, 1, 1, 1), np.float32))
+    said: list[str] = []
+    source = open_data(path, tiny.teacher())
+    learn(tiny.student(), tiny.teacher(), source, wishes(rate=1e-6), say=said.append)
+    assert "bright.npz for class" in said[0]
+    assert "look at --preprocess" in said[0]
+
+
 def test_a_rate_that_is_far_too_high(data: Samples) -> None:
     said: list[str] = []
     learned = learn(

@@ -6,7 +6,7 @@ pytest.importorskip("torch", reason="learning needs torch: pip install 'pwopt[le
 
 import torch
 
-from pwopt.errors import LearnError
+from pwopt.errors import DataError, LearnError
 from pwopt.learn.objective import (
     Distillation,
     divergence,
@@ -123,7 +123,7 @@ def test_mixed_labels_are_distributions_over_classes():
 def test_labels_that_are_none_of_the_classes(wrong):
     student = {"y": normal(2, 10)}
     distil = Distillation.of(student, 2, label_weight=1.0)
-    with pytest.raises(LearnError, match=f"label {wrong} is none of the model's 10 classes"):
+    with pytest.raises(DataError, match=f"label {wrong} is none of the model's 10 classes"):
         distil(student, student, torch.tensor([3, wrong]))
 
 

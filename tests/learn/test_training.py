@@ -14,7 +14,7 @@ from pwopt.errors import LearnError
 from pwopt.learn.checkpoint import Checkpoint
 from pwopt.learn.rate import HIGHEST, LOWEST, MARGIN, ladder, pick, schedule
 from pwopt.learn.stage import Options, Status
-from pwopt.learn.training import RESCUES, SKIPPED_IN_A_ROW, plan, train
+from pwopt.learn.training import RESCUES, SKIPPED_IN_A_ROW, TAMED, plan, train
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -182,6 +182,22 @@ def test_a_rate_that_diverges_ends_with_the_start_and_says_so(rate):
     assert "give a lower one; kept those of the start" in report.message
     assert said[1].startswith("learning: diverged; back to the best weights")
     assert same(line.values(), start)
+
+
+def test_half_of_the_steps_without_a_gain_call_for_a_lower_rate():
+    line, said = Line(), []
+    judged = []
+
+    def judge() -> float:
+        judged.append(2.0 if judged and not said[1:] else 1.0 - 0.001 * len(judged))
+        return judged[-1]
+
+    options = Options(steps=60, rate=0.02)
+    report = train(line.weights, line.loss, line.batches, judge, options, say=said.append)
+    assert "no better than at the start; back to the best weights" in said[1]
+    assert (report.ended, report.halvings, report.rate) == ("done", 1, 0.02 / TAMED)
+    assert judged[:31] == [1.0] + [2.0] * 15 + judged[16:31]
+    assert (report.best_step, report.best) == (60, judged[-1])
 
 
 def test_a_rate_that_is_a_little_too_high_is_halved_until_it_helps():
