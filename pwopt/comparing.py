@@ -19,6 +19,9 @@ Outputs = Mapping[str, Array]
 Flags = npt.NDArray[np.bool_]
 
 RESAMPLES = 10_000
+FEWEST = 8
+"""Of fewer samples, all may be of one class, or all be taken for another."""
+
 TOP5_CLASSES = 10
 """Top-5 says something from so many classes on."""
 
@@ -138,6 +141,17 @@ class Comparison:
         if k not in self._hits:
             return None
         return compare_hits(f"top-{k}", *np.concatenate(self._hits[k], axis=1), seed=seed)
+
+
+def one_class(classes: Array) -> str | None:
+    """Say that a model takes all samples for one class, where it does so; nothing of a few.
+
+    Args:
+        classes: What it takes each sample for, [samples].
+    """
+    if len(classes) < FEWEST or (classes != classes[0]).any():
+        return None
+    return f"the original takes all samples for class {classes[0]}: look at --preprocess"
 
 
 def class_scores(outputs: Outputs, samples: int) -> str | None:

@@ -21,6 +21,7 @@ from pwopt.cli.options import (
     preprocess_option,
     progress_bar,
     resume_option,
+    seed_option,
     shape_option,
 )
 
@@ -103,13 +104,7 @@ class WeightParam(click.ParamType):  # type: ignore[type-arg]  # generic since c
     help="Samples in a step, of all processes together.",
 )
 @device_option
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Of the samples' order.",
-)
+@seed_option
 @checkpoint_option
 @resume_option
 @shape_option

@@ -71,6 +71,14 @@ preprocess_option = click.option(
     "scale=1/255,mean=R:G:B,std=R:G:B,order=rgb|bgr.",
 )
 
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of whatever is random.",
+)
+
 minutes_option = click.option(
     "--minutes",
     type=float,

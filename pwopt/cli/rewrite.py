@@ -21,6 +21,7 @@ from pwopt.cli.options import (
     preprocess_option,
     progress_bar,
     resume_option,
+    seed_option,
     shape_option,
     threads_option,
 )
@@ -130,13 +131,7 @@ class RankParam(click.ParamType):  # type: ignore[type-arg]  # generic since cli
     metavar="N",
     help="Samples of --data to calibrate on at most; all are learned from.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Of whatever is random.",
-)
+@seed_option
 @minutes_option
 @click.option(
     "--activation",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pwopt.calibration.augment import mixed
-from pwopt.comparing import Array
+from pwopt.comparing import Array, one_class
 from pwopt.data import Samples
 from pwopt.errors import DataError, LearnError
 from pwopt.graph import is_op
@@ -215,12 +215,8 @@ class _Lesson:
         if scores is None:
             return None
         classes = torch.cat([_classes(outputs[scores]) for outputs in self.taught])
-        if (classes != classes[0]).any():
-            return None
-        return (
-            f"Caution: the original takes all samples of {self.source} for class "
-            f"{int(classes[0])}: look at --preprocess"
-        )
+        found = one_class(classes.cpu().numpy())
+        return None if found is None else f"Caution: {self.source}: {found}"
 
     # -- losses -------------------------------------------------------------------------------
 

@@ -294,11 +294,12 @@ class Search:
             trial = build()
             if trial is None:
                 break
-            if best is None or _inaccuracy(trial) < _inaccuracy(best):
-                best, kept = trial, self._early
-            elif trial is not best:
-                self._settled = True
+            if trial is best:
+                continue
+            self._settled = best is not None  # two plans were told apart
+            if best is not None and _inaccuracy(trial) >= _inaccuracy(best):
                 break
+            best, kept = trial, self._early
         self._early = kept
         return best
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from pwopt import analysis, runtime
 from pwopt.calibration.samples import real
-from pwopt.comparing import check_labels, class_scores
+from pwopt.comparing import FEWEST, check_labels, class_scores, one_class
 from pwopt.data import Batch
 from pwopt.data.samples import fed_rows
 from pwopt.linear import Linear
@@ -19,9 +19,6 @@ from pwopt.search.front import Interval, Point
 from pwopt.search.latency import Plan
 from pwopt.search.sensitivity import Harm
 from pwopt.shapes import InputShapes, inputs
-
-FEWEST = 8
-"""Of fewer samples, all may be of one class, or all be taken for another."""
 
 SECONDS = 3.0
 """How long a model and the original are timed in turn."""
@@ -89,8 +86,8 @@ class Yardstick:
         own = self._own_labels
         if own is None or self._scores is None or len(own) < FEWEST:
             return None
-        if (own == own[0]).all():
-            return f"the original takes all samples for class {own[0]}: look at --preprocess"
+        if found := one_class(own):
+            return found
         classes = self._expected[0][self._scores].shape[1]
         right = 1.0 if self._labels is None else float((own == self._labels).mean())
         if right < 0.1 + 0.9 / classes:  # hardly better than chance

@@ -275,7 +275,7 @@ def test_a_teacher_that_takes_all_for_one_class(tmp_path: Path) -> None:
     said: list[str] = []
     source = open_data(path, tiny.teacher())
     learn(tiny.student(), tiny.teacher(), source, wishes(rate=1e-6), say=said.append)
-    assert "bright.npz for class" in said[0]
+    assert "bright.npz: the original takes all samples for class" in said[0]
     assert "look at --preprocess" in said[0]
 
 
