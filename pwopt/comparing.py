@@ -201,6 +201,28 @@ def log_probabilities(scores: Array) -> npt.NDArray[np.float64]:
     return result
 
 
+def foretold_loss(before: Array, after: Array) -> npt.NDArray[np.float64]:
+    """Return how much of a right answer each sample is expected to lose, of two models' scores.
+
+    Where the second model says ĉ instead of c, that is p_c − p_ĉ, p being the class probabilities
+    of the first: c is right with the one probability, ĉ with the other. No labels are needed, and a
+    sample that is undecided counts little. Too much is foretold where the first model is surer
+    than it is right (Guo et al. 2017, "On Calibration of Modern Neural Networks").
+
+    Args:
+        before: Scores (samples, classes, 1, …) of the first model.
+        after: Those of the second.
+
+    Returns:
+        (samples,), from 0 to 1.
+    """
+    probabilities = np.exp(log_probabilities(before))
+    second = after.reshape(len(after), -1).argmax(axis=1)
+    lost: npt.NDArray[np.float64] = probabilities.max(axis=1)
+    lost -= probabilities[np.arange(len(second)), second]
+    return lost
+
+
 def compare_hits(
     metric: str,
     original: Flags,

@@ -12,7 +12,7 @@ from torch import Tensor
 from pwopt.errors import LearnError
 from pwopt.files import atomic_write
 
-FORMAT = 1
+FORMAT = 2
 
 _BROKEN = (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError)
 """What torch raises for files that are cut short or are something else."""

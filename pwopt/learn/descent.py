@@ -1,6 +1,12 @@
-"""One step down the gradient, by Adam, with what keeps it from doing harm."""
+"""One step down the gradient, by Adam, with what keeps it from doing harm.
 
-from collections.abc import Callable, Mapping
+A student that was fitted to samples is near a minimum, where gradients are mostly noise, and Adam
+takes steps of one size all the same. What is kept is therefore the running average of the weights
+over the last steps, in which that noise cancels out (Polyak & Juditsky 1992).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import nan
 from typing import Generic, TypeVar
 
@@ -8,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pwopt.errors import LearnError
 from pwopt.learn.checkpoint import State
@@ -36,11 +43,17 @@ class Descent(Generic[B]):
         self._parameters = list(parameters.values())
         self._loss, self._processes = loss, processes
         self._optimizer = torch.optim.Adam(self._parameters, lr=0.0)
+        self._averages = _copies(self._parameters)
 
-    def step(self, batch: B, rate: float) -> float:
+    def step(self, batch: B, rate: float, horizon: int = 1) -> float:
         """Take a step and return the loss before it, the mean over all processes.
 
         A loss or gradient that is not finite changes nothing and returns NaN.
+
+        Args:
+            batch: What to take the loss of.
+            rate: Of Adam.
+            horizon: Over about how many steps the average of the parameters runs.
 
         Raises:
             LearnError: the GPU's memory is full, or the loss depends on no parameter.
@@ -61,6 +74,7 @@ class Descent(Generic[B]):
         if not torch.isfinite(loss + norm):
             return nan
         self._optimizer.step()
+        get_ema_multi_avg_fn(1 - 1 / horizon)(self._averages, self._parameters, None)
         return loss.item()
 
     def loss(self, batch: B) -> float:
@@ -70,22 +84,42 @@ class Descent(Generic[B]):
         self._processes.average([loss])
         return loss.item()
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averages in the place of the parameters meanwhile."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for parameter, average in zip(self._parameters, self._averages, strict=True):
+            parameter.data, average.data = average.data, parameter.data
+
     def forget(self) -> None:
-        """Begin anew, without the moments of the steps so far."""
+        """Begin anew from the parameters as they are, without what is left of the steps so far."""
         self._optimizer.state.clear()
+        self._averages = _copies(self._parameters)
 
     def state(self) -> State:
-        """Return the moments of the steps so far."""
-        return self._optimizer.state_dict()
+        """Return what is left of the steps so far: moments and averages."""
+        return {"optimizer": self._optimizer.state_dict(), "averages": self._averages}
 
     def load(self, state: State) -> None:
-        """Go on with the moments that `state` gave."""
-        self._optimizer.load_state_dict(state)
+        """Go on with what `state` gave."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        for average, saved in zip(self._averages, state["averages"], strict=True):
+            average.copy_(saved)
 
     def _of(self, batch: B) -> Tensor:
         device = self._parameters[0].device.type
         with torch.autocast(device, torch.bfloat16, enabled=has_bfloat16(device)):
             return self._loss(batch)
+
+
+def _copies(parameters: Iterable[Parameter]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
 
 
 def has_bfloat16(device: str) -> bool:

@@ -35,7 +35,7 @@ Feeds = Mapping[str, Tensor]
 
 ACTIVATIONS = ("Clip", "LeakyRelu", "PRelu", "Relu")
 
-HINT = 1.0
+HINT = 5.0
 """What the error at the end of each block counts, beside that of the outputs."""
 
 NOTHING = 1e-4

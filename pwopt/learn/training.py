@@ -70,6 +70,7 @@ def train(
 ) -> Report:
     """Change parameters in place, to the best that `judge` has seen; never worse than they were.
 
+    What is judged is their running average over about as many steps as lie between two judgements.
     Steps whose loss or gradient is not finite are skipped. After many in a row, or where held-out
     samples do ten times as badly as at the start, the best weights are restored and the rate is
     halved, a few times at most; after half of the steps without a gain, it is quartered. Ctrl-C
@@ -202,6 +203,7 @@ class _Training(Generic[B]):
 
     def _begin(self) -> None:
         self.processes.spread(list(self.parameters.values()))
+        self.descent.forget()
         self.best = snapshot(self.parameters)
         start = self._judged()
         self.judging = monotonic() - self.begun
@@ -281,7 +283,7 @@ class _Training(Generic[B]):
         with closing(self.batches(course.step)) as batches:
             while course.step < course.steps:
                 rate = course.rate * schedule(course.step, course.steps, options.warm_up)
-                loss = self.descent.step(next(batches), rate)
+                loss = self.descent.step(next(batches), rate, course.every)
                 ended = self._after(loss)
                 self.watch(self._status(rate, loss))
                 if ended:
@@ -326,16 +328,17 @@ class _Training(Generic[B]):
         return "no longer better" if course.stale >= self.options.patience else None
 
     def _keep_if_better(self) -> None:
-        """Judge the weights as they are now, so that what was learned since is not lost."""
+        """Judge once more, so that what was learned since is not lost."""
         with suppress(KeyboardInterrupt):  # for those who cannot wait
             value = self._judged()
             if value < self.course.best:
                 self._keep(value)
 
     def _keep(self, value: float) -> None:
-        """Take the weights as they are now for the best."""
+        """Take the weights that were just judged for the best."""
         course = self.course
-        self.best = snapshot(self.parameters)
+        with self.descent.averaged():
+            self.best = snapshot(self.parameters)
         course.best, course.best_step, course.stale = value, course.step, 0
 
     def _rescue(self, why: str, slower: int) -> Ended | None:
@@ -354,7 +357,7 @@ class _Training(Generic[B]):
         return None
 
     def _judged(self) -> float:
-        with torch.no_grad():
+        with torch.no_grad(), self.descent.averaged():
             return self.processes.share(self.judge() if self.processes.first else nan)
 
     # --- what is told and kept

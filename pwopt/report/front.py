@@ -100,6 +100,8 @@ def table(front: Front) -> Group:
     grid.add_column("predicted", justify="right", no_wrap=True)
     if front.original.measure != "error":
         grid.add_column(front.original.measure, no_wrap=True)
+    if front.original.foretold_points is not None:
+        grid.add_column("foretold", justify="right", no_wrap=True)
     for heading in ("error", "MACs", "params", "split"):
         grid.add_column(heading, justify="right")
     grid.add_row("original", *_row(front.original), style="dim")
@@ -120,6 +122,8 @@ def _row(point: Point) -> list[str]:
     accuracy = []
     if point.measure != "error":
         accuracy = [_estimate(*_accuracy(point), *_FORMS[point.measure])]
+    if point.foretold_points is not None:
+        accuracy += [_estimate(0.0 - point.foretold_points, None, *_FORMS["top-1"])]
     return [
         _estimate(point.speedup, point.speedup_ci95, ".2f", "×"),
         milliseconds(point.measured_ms),

@@ -24,6 +24,9 @@ class Point:
         agreement: 1 less the drop of top-1 if what the original makes of the samples as they are
             is taken for right (0 to 1); None where no output is class scores.
         agreement_ci95: Its 95 % interval.
+        foretold_points: Points of top-1 that the original's own probabilities on mixed copies
+            foretell to be lost, see `pwopt.comparing.foretold_loss`; None without copies or where
+            no output is class scores.
         error: How far the outputs are off: KL divergence of the class probabilities, or the
             relative error of other outputs.
         other_error: The part of it that is of outputs other than class scores.
@@ -40,6 +43,7 @@ class Point:
     drop_ci95: Interval | None
     agreement: float | None
     agreement_ci95: Interval | None
+    foretold_points: float | None
     error: float
     other_error: float
     ranks: Mapping[str, str]
@@ -53,13 +57,16 @@ class Point:
 
     @property
     def loss(self) -> float:
-        """Points of top-1 or of agreement lost; per cent of error of other outputs, if more."""
-        return max(self._points(0), 100 * self.other_error)
+        """Points of top-1 or of agreement lost, counted or foretold, whichever is more.
+
+        Per cent of error of other outputs, if that is more still.
+        """
+        return max(self._points(0), self.foretold_points or 0.0, 100 * self.other_error)
 
     @property
     def worst_loss(self) -> float:
-        """The same at that end of the 95 % interval at which more is lost."""
-        return max(self._points(1), 100 * self.other_error)
+        """The same, but counted at that end of the 95 % interval at which more is lost."""
+        return max(self._points(1), self.foretold_points or 0.0, 100 * self.other_error)
 
     def _points(self, worst: int) -> float:
         if self.drop_points is not None and self.drop_ci95 is not None:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from pwopt import analysis, runtime
 from pwopt.calibration.samples import real
-from pwopt.comparing import FEWEST, check_labels, class_scores, one_class
+from pwopt.comparing import FEWEST, check_labels, class_scores, foretold_loss, one_class
 from pwopt.data import Batch
 from pwopt.data.samples import fed_rows
 from pwopt.linear import Linear
@@ -34,6 +34,9 @@ class Yardstick:
 
     Without labels, what the original makes of a sample as it is stands for its label, of the copies
     too: agreement on the samples, and on the copies how much better the original keeps to it.
+
+    What is counted on so few samples is noisy, and of several models the luckiest is picked. So the
+    original's probabilities on the copies foretell a loss as well, which changes smoothly.
     """
 
     def __init__(
@@ -157,10 +160,21 @@ class Yardstick:
             drop_ci95=None if drop is None else _percent(_interval(drop)),
             agreement=None if changed is None else min(1 - float(changed.mean()), 1.0),
             agreement_ci95=None if changed is None else _kept(_interval(changed)),
+            foretold_points=self._foretold(results),
             error=harm.value,
             other_error=harm.error,
             ranks=ranks,
         )
+
+    def _foretold(self, results: Sequence[Mapping[str, Array]]) -> float | None:
+        """Return the points that the original's probabilities on mixed copies foretell."""
+        if self._scores is None or len(results) == 1:
+            return None
+        lost = [
+            foretold_loss(expected[self._scores], result[self._scores])
+            for expected, result in zip(self._expected[1:], results[1:], strict=True)
+        ]
+        return 100 * float(np.mean(lost))
 
     def _outputs(self, model: Model, batches: Sequence[Batch]) -> dict[str, Array]:
         """Run a model on all samples of a group."""

@@ -172,7 +172,7 @@ def test_held_out_samples_that_are_not_finite_are_refused():
         line.train(Options(steps=10, rate=0.01))
 
 
-@pytest.mark.parametrize("rate", [1e3, 1e30])
+@pytest.mark.parametrize("rate", [1e8, 1e30])
 def test_a_rate_that_diverges_ends_with_the_start_and_says_so(rate):
     line = Line()
     start, said = line.values(), []
@@ -201,7 +201,7 @@ def test_half_of_the_steps_without_a_gain_call_for_a_lower_rate():
 
 
 def test_a_rate_that_is_a_little_too_high_is_halved_until_it_helps():
-    report = Line().train(Options(steps=400, rate=60.0, warm_up=0.0))
+    report = Line().train(Options(steps=400, rate=2e4, warm_up=0.0))
     assert report.halvings > 0
     assert report.best < report.start
 

@@ -29,6 +29,7 @@ def point(speedup: float, drop: float | None, **fields: object) -> Point:
         "drop_ci95": None if drop is None else (drop - 0.3, drop + 0.4),
         "agreement": 0.97,
         "agreement_ci95": (0.96, 0.98),
+        "foretold_points": None,
         "error": 0.01 * speedup,
         "other_error": 0.0,
         "ranks": {"conv3": "both 64"},
@@ -110,6 +111,25 @@ def test_other_outputs_count_where_they_are_further_off() -> None:
         assert (both.loss, both.worst_loss) == (pytest.approx(5), pytest.approx(5))
         both = point(2, drop, other_error=0.001)
         assert (both.loss, both.worst_loss) == (pytest.approx(lost), pytest.approx(worst))
+
+
+def test_what_is_foretold_counts_where_it_is_more_than_what_is_counted() -> None:
+    for drop, lost, worst in ((0.4, 0.4, 0.8), (None, 3, 4)):
+        lucky = point(2, drop, foretold_points=5.0)
+        assert (lucky.loss, lucky.worst_loss) == (5, 5)
+        unlucky = point(2, drop, foretold_points=0.1)
+        assert (unlucky.loss, unlucky.worst_loss) == (pytest.approx(lost), pytest.approx(worst))
+
+
+def test_what_is_foretold_is_shown_where_it_is_known() -> None:
+    assert "foretold" not in plain(table(EXAMPLE))
+    foretold = front(point(3.0, 0.92, foretold_points=0.81))
+    foretold = replace(
+        foretold, original=replace(foretold.original, foretold_points=0.0), chosen=None
+    )
+    lines = plain(table(foretold)).splitlines()
+    assert "foretold" in lines[1]
+    assert "−0.92 points [−1.32, −0.62]  −0.81 points" in lines[3]
 
 
 def test_json_names_the_front() -> None:

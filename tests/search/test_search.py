@@ -59,9 +59,8 @@ HARMS = {
 
 
 def point(**fields: Any) -> Point:
-    unknown = dict.fromkeys(
-        ("predicted_ms", "macs", "drop_points", "drop_ci95", "agreement", "agreement_ci95")
-    )
+    measures = ("drop_points", "drop_ci95", "agreement", "agreement_ci95", "foretold_points")
+    unknown = dict.fromkeys(("predicted_ms", "macs", *measures))
     known = {"speedup": 1.0, "speedup_ci95": (1, 1), "measured_ms": 1.0, "params": 1}
     return Point(**{**unknown, **known, "error": 0.0, "other_error": 0.0, "ranks": {}, **fields})
 

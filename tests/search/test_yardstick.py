@@ -108,6 +108,18 @@ def test_copies_agree_where_they_keep_to_the_class_of_the_sample_as_it_is() -> N
     assert judged([as_is, other], ORIGINAL).agreement == 1
 
 
+def test_the_original_foretells_what_is_lost_on_copies_by_its_own_probabilities() -> None:
+    as_is = [batch(sure(0, 1, 2))]
+    # It takes the first two for another class: by 0.7 - 0.1 and by 0.45 - 0.4.
+    copies = [batch(np.log([[0.7, 0.2, 0.1], [0.45, 0.15, 0.4], [0.1, 0.1, 0.8]]))]
+    foretold = 100 * (0.6 + 0.05 + 0) / 3
+    assert judged([as_is, copies], TWO).foretold_points == pytest.approx(foretold, rel=1e-5)
+    both = judged([as_is, copies, as_is], TWO)  # sure of two, of which nothing remains
+    assert both.foretold_points == pytest.approx((foretold + 200 / 3) / 2, rel=1e-5)
+    assert judged([as_is, copies], ORIGINAL).foretold_points == 0
+    assert judged([as_is], TWO).foretold_points is None
+
+
 def test_outputs_that_are_probabilities_are_taken_as_such() -> None:
     text = SCORES.replace("y = Add", "s = Add").replace("}", " y = Softmax<axis = 1>(s) }")
     p = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
