@@ -167,8 +167,15 @@ def rewrite(
         opened = open_data(data, original, preprocess=preprocess, shapes=shapes)
         shapes = {**_open_shapes(opened, batch), **(shapes or {})}
     gate = gate or cost
+    learning = learning or Wishes()
+    calibrated_on = opened
+    if opened is not None and init == "learned":
+        from pwopt.learn.batches import held_out
+
+        # What learning is judged by must be new to its start, too: else nothing seems to be gained.
+        calibrated_on = opened.without(held_out(opened, learning.seed))
     context = Context(
-        shapes=shapes, samples=opened, most_samples=samples, seed=seed, progress=progress
+        shapes=shapes, samples=calibrated_on, most_samples=samples, seed=seed, progress=progress
     )
     watching = [Verify(), *observers]
     result = original.copy()
@@ -186,14 +193,14 @@ def rewrite(
         run(parse((EXACT if exact else BEFORE)[gate]), judge)
         if any(report.rewrote for report in reports):
             prove(original, result, shapes)
-    if opened is not None and auto:
+    if calibrated_on is not None and auto:
         # Models may be large, and are copied often: their weights wait in files.
         has_files = bool(external.tensors(result.proto))
         original, result = original.moved_out(), result.moved_out()
         tuned = tune(
             original,
             result,
-            opened,
+            calibrated_on,
             bounds,
             by_macs=cost == "macs",
             curve=curve,
@@ -226,7 +233,6 @@ def rewrite(
         if opened is not None and init == "learned":
             from pwopt.learn.learning import learn
 
-            learning = learning or Wishes()
             learned = learn(result, original, opened, learning, watch=watch, say=say)
             result = learned.model
             note(result, str(learning))

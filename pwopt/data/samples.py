@@ -1,6 +1,6 @@
 """Feeds made to fit a model's inputs: what every source of samples shares."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,6 +90,25 @@ class Samples:
                 one = slice(row, row + 1)
                 feeds = {n: a[one].copy() if n in counted else a for n, a in batch.feeds.items()}
                 yield Batch(feeds, None if batch.labels is None else batch.labels[one], 1)
+
+    def without(self, numbers: Collection[int]) -> "Samples":
+        """Return the samples but those of these numbers; the others are numbered anew."""
+
+        def draw() -> Iterator[tuple[Feeds, Any]]:
+            for number, sample in enumerate(self.singles()):
+                if number not in numbers:
+                    yield sample.feeds, sample.labels
+
+        if self.count is None:
+            return replace(self, draw=draw)
+        kept = np.setdiff1d(np.arange(self.count), list(numbers))
+        take = self.take
+
+        def take_kept(wanted: Sequence[int]) -> tuple[Feeds, Any]:
+            assert take is not None
+            return take(kept[wanted].tolist())
+
+        return replace(self, draw=draw, count=len(kept), take=take and take_kept)
 
     def join(self, parts: Sequence[Batch]) -> Batch:
         """Put batches together that are not filled up; the result is, where the model demands it.

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +40,32 @@ def test_singles_join_again_without_the_rows_that_fill_up() -> None:
     assert joined.labels is not None
     assert joined.labels.tolist() == [1, 2, 3, 4]
     assert joined.samples == 4
+
+
+@pytest.mark.parametrize("size", ["N", "2"])
+@pytest.mark.parametrize("random_access", [True, False])
+def test_samples_without_some_are_numbered_anew(
+    tmp_path: Path, random_access: bool, size: str
+) -> None:
+    x, labels = np.arange(6.0)[:, None], np.arange(6)
+
+    def feeds() -> Iterator[tuple[dict[str, np.ndarray], list[int]]]:
+        for row in range(0, 6, 2):
+            yield {"x": x[row : row + 2]}, [row, row + 1]
+
+    np.savez(tmp_path / "data.npz", x=x, labels=labels)
+    samples = open_data(
+        tmp_path / "data.npz" if random_access else feeds, model(f"double[{size}, 1] x")
+    )
+    left = samples.without([1, 4])
+    for _ in range(2):  # iterating again starts anew
+        singles = [*left.singles()]
+        assert [single.feeds["x"].item() for single in singles] == [0, 2, 3, 5]
+        assert [single.labels for single in singles] == [0, 2, 3, 5]
+    assert samples.count == (6 if random_access else None)
+    if random_access:
+        assert left.count == 4
+        assert left.at([3, 1]).feeds["x"].tolist() == [[5], [2]]
 
 
 def test_samples_that_differ_cannot_be_joined() -> None:

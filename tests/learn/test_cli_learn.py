@@ -24,10 +24,14 @@ from helpers import parse, run, values
 from made_up import images, network, time_by_macs
 
 from pwopt import models, runtime
+from pwopt.calibration import augment
+from pwopt.calibration.samples import Calibration, calibration_samples
 from pwopt.cli import demo, main
+from pwopt.data import Samples
 from pwopt.learn import learning
 from pwopt.learn.stage import Options
 from pwopt.model import Model
+from pwopt.passes import bottleneck
 
 BRIEF = ["--blocks", "--steps", "20", "--batch-size", "16", "--rate", "0.01", "--device", "cpu"]
 
@@ -368,6 +372,35 @@ def test_bottlenecks_of_a_rank_are_learned(net: Path) -> None:
     )
     assert nodes == plain
     assert error("out.onnx") < error("plain.onnx")
+
+
+@pytest.mark.parametrize("rank", ["8", "auto"])
+def test_what_learning_is_judged_by_is_new_to_its_start(
+    net: Path, monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    judged: set[float] = set()
+    lesson = learning._Lesson.__init__
+
+    def begin(self: learning._Lesson, *arguments: Any) -> None:
+        lesson(self, *arguments)
+        as_they_are = self.held_out[: len(self.held_out) // 2]
+        judged.update(float(x.sum()) for batch in as_they_are for x in batch.feeds["x"])
+
+    calibrated: set[float] = set()
+
+    def chosen(source: Samples, *rest: Any) -> Calibration:
+        found = calibration_samples(source, *rest)
+        batches = [*found.fit, *found.held_out]
+        calibrated.update(float(x.sum()) for batch in batches for x in batch.feeds["x"])
+        return found
+
+    monkeypatch.setattr(learning._Lesson, "__init__", begin)
+    monkeypatch.setattr(augment, "calibration_samples", chosen)
+    monkeypatch.setattr(bottleneck, "calibration_samples", chosen)
+    rewrite("--bottleneck", rank, *(["--speedup", 6, "--cost", "macs"] if rank == "auto" else []))
+    assert len(judged) == 64
+    assert len(calibrated) == 300 - 64
+    assert judged.isdisjoint(calibrated)
 
 
 def test_a_default_output_that_is_a_folder_is_refused_before_learning(net: Path) -> None:

@@ -130,7 +130,9 @@ def test_errors_count_where_blocks_end(data: Samples) -> None:
     outputs = lesson.objective(given, {"y": right["y"]})
     inner = (given["rb"] - right["rb"]).square().mean() / right["rb"].var()
     assert inner > 0.1
-    assert lesson.output_loss(batch).item() == pytest.approx((outputs + HINT * inner).item(), rel=0.02)
+    assert lesson.output_loss(batch).item() == pytest.approx(
+        (outputs + HINT * inner).item(), rel=0.02
+    )
 
 
 def test_blocks_are_judged_by_what_they_do_to_the_outputs(

@@ -201,7 +201,7 @@ def test_half_of_the_steps_without_a_gain_call_for_a_lower_rate():
 
 
 def test_a_rate_that_is_a_little_too_high_is_halved_until_it_helps():
-    report = Line().train(Options(steps=400, rate=2e4, warm_up=0.0))
+    report = Line().train(Options(steps=400, rate=200.0, warm_up=0.0))
     assert report.halvings > 0
     assert report.best < report.start
 
