@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pwopt.errors import LearnError
 from pwopt.learn.checkpoint import State
@@ -74,7 +73,8 @@ class Descent(Generic[B]):
         if not torch.isfinite(loss + norm):
             return nan
         self._optimizer.step()
-        get_ema_multi_avg_fn(1 - 1 / horizon)(self._averages, self._parameters, None)
+        for average, parameter in zip(self._averages, self._parameters, strict=True):
+            average.lerp_(parameter.detach(), 1 / horizon)
         return loss.item()
 
     def loss(self, batch: B) -> float:
