@@ -218,8 +218,9 @@ def foretold_loss(before: Array, after: Array) -> npt.NDArray[np.float64]:
     """
     probabilities = np.exp(log_probabilities(before))
     second = after.reshape(len(after), -1).argmax(axis=1)
-    lost: npt.NDArray[np.float64] = probabilities.max(axis=1)
-    lost -= probabilities[np.arange(len(second)), second]
+    lost: npt.NDArray[np.float64] = (
+        probabilities.max(axis=1) - probabilities[np.arange(len(second)), second]
+    )
     return lost
 
 

@@ -10,7 +10,7 @@ from onnx import ModelProto
 
 from pwopt import external
 from pwopt.analysis import Size, size
-from pwopt.calibration import LIMIT
+from pwopt.calibration import LIMIT, held_out
 from pwopt.candidates import Choice
 from pwopt.data import Samples, Source, open_data
 from pwopt.data.samples import batched
@@ -170,8 +170,6 @@ def rewrite(
     learning = learning or Wishes()
     calibrated_on = opened
     if opened is not None and init == "learned":
-        from pwopt.learn.batches import held_out
-
         # What learning is judged by must be new to its start, too: else nothing seems to be gained.
         calibrated_on = opened.without(held_out(opened, learning.seed))
     context = Context(

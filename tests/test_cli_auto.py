@@ -213,7 +213,7 @@ def test_the_table(net: Path, data: Path) -> None:
     assert any(line.startswith("b ") and line.endswith("×") for line in lines)
     assert any(line.startswith("net.onnx: speed against accuracy") for line in lines)
     (chosen,) = (line for line in lines if line.startswith("chosen "))
-    assert "points" in chosen
+    assert any("top-1, points foretold error" in line for line in lines)
     assert any("too narrow: no split is foretold to save time" in line for line in lines)
     assert lines[-1].startswith("16 samples, 1 thread, batch 1; [95 % intervals]")
 
@@ -253,13 +253,13 @@ def test_another_bound_takes_the_place_of_the_default(net: Path, data: Path) -> 
 
 
 def test_confident_is_more_careful(net: Path, tmp_path: Path) -> None:
-    data, bounds = samples(tmp_path, 512), ("--max-drop", 2, "--json")
+    data, bounds = samples(tmp_path, 192), ("--max-drop", 4, "--json")
     chosen, careful = (
         found(auto(net, data, *bounds, *extra))["calibrated"]["chosen"]
         for extra in ((), ("--confident",))
     )
-    assert careful["drop_ci95"][1] <= 2 < chosen["drop_ci95"][1]
-    assert chosen["drop_points"] <= 2
+    assert careful["drop_ci95"][1] <= 4 < chosen["drop_ci95"][1]
+    assert chosen["drop_points"] <= 4
     assert careful["speedup"] < chosen["speedup"]
     # 16 samples cannot tell that no more than one point are lost, whatever is done.
     said = "no allocation found that is at most 1 points lost"

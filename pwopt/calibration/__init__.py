@@ -1,6 +1,6 @@
 """What a network does on samples: their choice, statistics of its layers, a walk through it."""
 
-from pwopt.calibration.samples import LIMIT, Calibration, calibration_samples
+from pwopt.calibration.samples import LIMIT, Calibration, calibration_samples, held_out
 from pwopt.calibration.statistics import Statistics, gather
 from pwopt.calibration.walk import Stop, Walk
 
@@ -12,4 +12,5 @@ __all__ = [
     "Walk",
     "calibration_samples",
     "gather",
+    "held_out",
 ]

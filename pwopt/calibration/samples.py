@@ -26,6 +26,15 @@ HELD_OUT = 4
 FEWEST = 8
 """With fewer samples there is nothing to learn from and to judge by."""
 
+LEARNED = 8
+"""Of so many samples that are learned from, one is held out, …"""
+
+FEWEST_HELD_OUT = 64
+"""… but no fewer than that, short of a quarter of all, …"""
+
+MOST_HELD_OUT = 1024
+"""… and no more than that."""
+
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
@@ -63,6 +72,27 @@ def calibration_samples(source: Samples, limit: int = LIMIT) -> Calibration:
         fit=[batch for turn, batch in enumerate(batches, 1) if turn % HELD_OUT],
         held_out=batches[HELD_OUT - 1 :: HELD_OUT],
     )
+
+
+def held_out(samples: Samples, seed: int = 0) -> Collection[int]:
+    """Choose the numbers of the samples that are not learned from, but judged by.
+
+    Of a source with random access they are spread evenly over it, so that a folder sorted by class
+    gives all classes. Of a stream, whose length nobody knows, it is every eighth one at its start.
+
+    Raises:
+        DataError: fewer than 8 samples.
+    """
+    if samples.take is None or samples.count is None:
+        return range(LEARNED - 1, LEARNED * MOST_HELD_OUT, LEARNED)
+    if samples.count < FEWEST:
+        raise DataError(
+            f"{samples.name}: {samples.count} samples are too few to learn from; give at least "
+            f"{FEWEST}, better thousands"
+        )
+    wanted = min(max(samples.count // LEARNED, FEWEST_HELD_OUT), samples.count // 4, MOST_HELD_OUT)
+    numbers: list[int] = spread(samples.count, wanted, np.random.default_rng(seed)).tolist()
+    return numbers
 
 
 def spread(total: int, count: int, rng: np.random.Generator) -> Array:

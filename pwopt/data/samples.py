@@ -99,16 +99,15 @@ class Samples:
                 if number not in numbers:
                     yield sample.feeds, sample.labels
 
-        if self.count is None:
-            return replace(self, draw=draw)
-        kept = np.setdiff1d(np.arange(self.count), list(numbers))
         take = self.take
+        if take is None or self.count is None:
+            return replace(self, draw=draw, count=None)
+        kept = np.setdiff1d(np.arange(self.count), list(numbers))
 
         def take_kept(wanted: Sequence[int]) -> tuple[Feeds, Any]:
-            assert take is not None
             return take(kept[wanted].tolist())
 
-        return replace(self, draw=draw, count=len(kept), take=take and take_kept)
+        return replace(self, draw=draw, count=len(kept), take=take_kept)
 
     def join(self, parts: Sequence[Batch]) -> Batch:
         """Put batches together that are not filled up; the result is, where the model demands it.

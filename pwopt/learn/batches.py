@@ -15,21 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pwopt.calibration.samples import FEWEST, numbered, spread
+from pwopt.calibration.samples import numbered
 from pwopt.data import Batch, Samples, fixed_batch
 from pwopt.data.samples import Array, batched
 from pwopt.errors import DataError
 
 Augment = Callable[[Batch, np.random.Generator], Batch]
-
-HELD_OUT = 8
-"""Of so many samples one is held out, …"""
-
-FEWEST_HELD_OUT = 64
-"""… but no fewer than that, short of a quarter of all, …"""
-
-MOST_HELD_OUT = 1024
-"""… and no more than that."""
 
 WAITING = 1024
 """Samples of a stream that wait to be drawn from at random, …"""
@@ -72,24 +63,6 @@ def tensors(batch: Batch) -> TrainingBatch:
 
 def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
-
-
-def held_out(samples: Samples, seed: int = 0) -> Collection[int]:
-    """Choose the numbers of the samples that are not learnt from, but judged by.
-
-    Of a source with random access they are spread evenly over it, so that a folder sorted by class
-    gives all classes. Of a stream, whose length nobody knows, it is every eighth one at its start.
-
-    Raises:
-        DataError: fewer than 8 samples.
-    """
-    if samples.take is None or samples.count is None:
-        return range(HELD_OUT - 1, HELD_OUT * MOST_HELD_OUT, HELD_OUT)
-    if samples.count < FEWEST:
-        raise _too_few(samples.name, samples.count)
-    wanted = min(max(samples.count // HELD_OUT, FEWEST_HELD_OUT), samples.count // 4, MOST_HELD_OUT)
-    numbers: list[int] = spread(samples.count, wanted, np.random.default_rng(seed)).tolist()
-    return numbers
 
 
 def batches_of(samples: Samples, numbers: Collection[int], size: int) -> Iterator[Batch]:
@@ -161,7 +134,7 @@ class Batches:
             self._numbers = np.setdiff1d(np.arange(samples.count), list(leave_out))
             self.count = len(self._numbers)
             if not self.count:
-                raise _too_few(samples.name, samples.count)
+                raise _none_left(samples.name)
 
     def from_step(self, first: int) -> Generator[TrainingBatch, None, None]:
         """Yield the batches from number `first` on, and make some ahead in threads meanwhile.
@@ -222,7 +195,7 @@ class Batches:
                     yield sample
                     empty = False
             if empty:
-                raise DataError(f"{self._samples.name}: has no samples left to learn from")
+                raise _none_left(self._samples.name)
 
 
 def _mixed(samples: Iterable[Batch], rng: np.random.Generator) -> Iterator[Batch]:
@@ -252,8 +225,5 @@ def _fed_at_once(samples: Samples, size: int) -> int:
     return fixed_batch(samples.inputs) or size
 
 
-def _too_few(name: str, samples: int) -> DataError:
-    return DataError(
-        f"{name}: {samples} samples are too few to learn from; give at least {FEWEST}, better "
-        "thousands"
-    )
+def _none_left(name: str) -> DataError:
+    return DataError(f"{name}: has no samples left to learn from")

@@ -15,13 +15,14 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
+from pwopt.calibration import held_out
 from pwopt.calibration.augment import mixed
 from pwopt.comparing import Array, one_class
 from pwopt.data import Samples
 from pwopt.errors import DataError, LearnError
 from pwopt.graph import is_op
 from pwopt.learn.augment import augment
-from pwopt.learn.batches import Batches, TrainingBatch, batches_of, held_out, tensors
+from pwopt.learn.batches import Batches, TrainingBatch, batches_of, tensors
 from pwopt.learn.checkpoint import Checkpoint, fingerprint
 from pwopt.learn.distributed import Processes, choose_device, together
 from pwopt.learn.network import Network

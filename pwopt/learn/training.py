@@ -70,7 +70,8 @@ def train(
 ) -> Report:
     """Change parameters in place, to the best that `judge` has seen; never worse than they were.
 
-    What is judged is their running average over about as many steps as lie between two judgements.
+    What is judged is their running average, over as many steps as lie between two of all the
+    judgements asked for.
     Steps whose loss or gradient is not finite are skipped. After many in a row, or where held-out
     samples do ten times as badly as at the start, the best weights are restored and the rate is
     halved, a few times at most; after half of the steps without a gain, it is quartered. Ctrl-C
@@ -280,10 +281,11 @@ class _Training(Generic[B]):
             self._plan()
         course, options = self.course, self.options
         self.first_step, self.steps_begun = course.step, monotonic()
+        horizon = ceil(course.steps / options.judgements)  # although fewer may have time
         with closing(self.batches(course.step)) as batches:
             while course.step < course.steps:
                 rate = course.rate * schedule(course.step, course.steps, options.warm_up)
-                loss = self.descent.step(next(batches), rate, course.every)
+                loss = self.descent.step(next(batches), rate, horizon)
                 ended = self._after(loss)
                 self.watch(self._status(rate, loss))
                 if ended:

@@ -99,7 +99,8 @@ def table(front: Front) -> Group:
     grid.add_column("latency", justify="right", no_wrap=True)
     grid.add_column("predicted", justify="right", no_wrap=True)
     if front.original.measure != "error":
-        grid.add_column(front.original.measure, no_wrap=True)
+        unit = _FORMS[front.original.measure][1]
+        grid.add_column(f"{front.original.measure},{unit}", no_wrap=True)
     if front.original.foretold_points is not None:
         grid.add_column("foretold", justify="right", no_wrap=True)
     for heading in ("error", "MACs", "params", "split"):
@@ -121,9 +122,9 @@ def table(front: Front) -> Group:
 def _row(point: Point) -> list[str]:
     accuracy = []
     if point.measure != "error":
-        accuracy = [_estimate(*_accuracy(point), *_FORMS[point.measure])]
+        accuracy = [_estimate(*_accuracy(point), _FORMS[point.measure][0], "")]
     if point.foretold_points is not None:
-        accuracy += [_estimate(0.0 - point.foretold_points, None, *_FORMS["top-1"])]
+        accuracy += [number(0.0 - point.foretold_points, "+.2f")]
     return [
         _estimate(point.speedup, point.speedup_ci95, ".2f", "×"),
         milliseconds(point.measured_ms),

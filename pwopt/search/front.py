@@ -57,11 +57,13 @@ class Point:
 
     @property
     def loss(self) -> float:
-        """Points of top-1 or of agreement lost, counted or foretold, whichever is more.
+        """What binds: the loss as counted, or as foretold if that is more."""
+        return max(self.counted_loss, self.foretold_points or 0.0)
 
-        Per cent of error of other outputs, if that is more still.
-        """
-        return max(self._points(0), self.foretold_points or 0.0, 100 * self.other_error)
+    @property
+    def counted_loss(self) -> float:
+        """Points of top-1 or of agreement lost; per cent of error of other outputs, if more."""
+        return max(self._points(0), 100 * self.other_error)
 
     @property
     def worst_loss(self) -> float:
@@ -109,12 +111,12 @@ class Front:
 
 
 def pareto(points: Iterable[Point]) -> list[Point]:
-    """Return the points that no other beats in both speed and loss, the slowest first.
+    """Return the points that no other beats in both speed and counted loss, the slowest first.
 
     One that is as good in one and worse in the other is beaten; of equal ones, the first stays.
     """
     best: list[Point] = []
-    for point in sorted(points, key=lambda point: (-point.speedup, point.loss)):
-        if not best or point.loss < best[-1].loss:
+    for point in sorted(points, key=lambda point: (-point.speedup, point.counted_loss)):
+        if not best or point.counted_loss < best[-1].counted_loss:
             best.append(point)
     return best[::-1]

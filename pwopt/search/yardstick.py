@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -174,7 +175,7 @@ class Yardstick:
             foretold_loss(expected[self._scores], result[self._scores])
             for expected, result in zip(self._expected[1:], results[1:], strict=True)
         ]
-        return 100 * float(np.mean(lost))
+        return float(np.nan_to_num(100 * np.mean(lost), nan=inf))
 
     def _outputs(self, model: Model, batches: Sequence[Batch]) -> dict[str, Array]:
         """Run a model on all samples of a group."""

@@ -12,11 +12,12 @@ pytest.importorskip("torch", reason="learning needs torch: pip install 'pwopt[le
 
 import torch
 
+from pwopt.calibration import held_out
 from pwopt.data import Batch, Samples, open_data
 from pwopt.errors import DataError
 from pwopt.learn import batches as batches_module
 from pwopt.learn.augment import augment
-from pwopt.learn.batches import Batches, TrainingBatch, batches_of, held_out, tensors
+from pwopt.learn.batches import Batches, TrainingBatch, batches_of, tensors
 from pwopt.model import Model
 
 COUNT = 50
@@ -250,7 +251,7 @@ def test_samples_of_other_shapes_cannot_share_a_batch_but_come_alone() -> None:
 def test_too_few_samples(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"7.npz: 7 samples are too few to learn from"):
         held_out(taken(tmp_path, 7))
-    with pytest.raises(DataError, match=r"8.npz: 8 samples are too few"):
+    with pytest.raises(DataError, match=r"8.npz: has no samples left"):
         Batches(taken(tmp_path, 8), 4, leave_out=range(8))
     with pytest.raises(DataError, match="has no samples left to learn from"):
         first(Batches(streamed(8), 4, leave_out=range(8)), 1)

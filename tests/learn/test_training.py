@@ -11,6 +11,7 @@ pytest.importorskip("torch", reason="learning needs torch: pip install 'pwopt[le
 import torch
 
 from pwopt.errors import LearnError
+from pwopt.learn import training
 from pwopt.learn.checkpoint import Checkpoint
 from pwopt.learn.rate import HIGHEST, LOWEST, MARGIN, ladder, pick, schedule
 from pwopt.learn.stage import Options, Status
@@ -68,6 +69,35 @@ def test_it_learns_and_leaves_the_best_weights_in_place():
     assert (
         report.message == f"learning: 300 steps done; kept the weights of step {report.best_step}"
     )
+
+
+def test_the_running_average_is_what_is_judged_and_kept():
+    line, passed, judged = Line(), [], []
+
+    def watch(status: Status) -> None:
+        passed.append(line.values()["w"])
+
+    def judge() -> float:
+        judged.append(line.values()["w"])
+        return -float(len(judged))  # better each time
+
+    average = line.values()["w"]
+    options = Options(steps=60, rate=0.01, judgements=15)
+    train(line.weights, line.loss, line.batches, judge, options, watch=watch)
+    for step, weight in enumerate(passed, 1):
+        average = 3 / 4 * average + 1 / 4 * weight  # over the steps from one judgement to the next
+        if step % 4 == 0:
+            torch.testing.assert_close(judged[step // 4], average)
+    assert torch.equal(line.values()["w"], judged[-1])
+    assert not torch.equal(passed[-1], judged[-1])
+
+
+def test_the_average_is_no_longer_where_few_judgements_have_time(monkeypatch):
+    monkeypatch.setattr(training, "plan", lambda *_: (300, 300))
+    line = Line()
+    report = line.train(Options(minutes=1, rate=0.03))
+    assert len(report.history) == 1
+    assert report.best < 0.01 * report.start
 
 
 def test_a_rate_is_found_and_the_range_test_leaves_no_trace():

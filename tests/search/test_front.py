@@ -129,7 +129,31 @@ def test_what_is_foretold_is_shown_where_it_is_known() -> None:
     )
     lines = plain(table(foretold)).splitlines()
     assert "foretold" in lines[1]
-    assert "−0.92 points [−1.32, −0.62]  −0.81 points" in lines[3]
+    assert "top-1, points" in lines[1]
+    assert "−0.92 [−1.32, −0.62]     −0.81" in lines[3]
+
+
+def test_what_is_shown_is_what_a_front_goes_by() -> None:
+    lucky, honest = point(2.0, 0.2, foretold_points=1.0), point(2.1, 0.9, foretold_points=0.9)
+    assert pareto([lucky, honest]) == [lucky, honest]
+
+
+def test_the_table_fits_on_a_page() -> None:
+    poor = point(
+        13.52,
+        33.71,
+        drop_ci95=(15.4, 51.3),
+        foretold_points=24.42,
+        error=0.0652,
+        predicted_ms=12.25,
+        macs=313_463_808,
+        params=1_953_866,
+    )
+    found = front(poor, chosen=0)
+    original = replace(found.original, foretold_points=0.0)
+    _, heading, _, row, _ = plain(table(replace(found, original=original))).splitlines()
+    assert heading.split()[-5:] == ["foretold", "error", "MACs", "params", "split"]
+    assert row.split()[-7:] == ["−24.42", "0.0652", "313", "M", "1.95", "M", "1"]
 
 
 def test_json_names_the_front() -> None:
@@ -156,9 +180,9 @@ def test_table() -> None:
         ["chosen", "2.00"],
         ["3.00"],
     ]
-    assert "−0.40 points [−0.80, −0.10]" in lines[4]
+    assert "−0.40 [−0.80, −0.10]" in lines[4]
     assert "2.00× [1.95, 2.05]     5 ms    4.75 ms" in lines[4]
-    assert "+0.10 points [−0.30, +0.40]" in lines[3]
+    assert "+0.10 [−0.30, +0.40]" in lines[3]
     assert "1 more were tried" in lines[-1]
 
 
@@ -170,7 +194,8 @@ def test_table_shows_the_chosen_point_though_it_is_beaten() -> None:
 
 def test_table_without_labels() -> None:
     text = plain(table(AGREEMENT))
-    assert "97.00 % [96.00, 98.00]" in text
+    assert "agreement, %" in text
+    assert "97.00 [96.00, 98.00]" in text
     assert "points" not in text
     assert "agreement" not in plain(table(ERROR))
 
