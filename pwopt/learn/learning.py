@@ -225,6 +225,10 @@ class _Lesson:
         """Move a batch to the device."""
         return {name: feed.to(self.device) for name, feed in batch.feeds.items()}
 
+    def labels(self, batch: TrainingBatch) -> Tensor | None:
+        """Move a batch's labels to the device, if it has any."""
+        return None if batch.labels is None else batch.labels.to(self.device)
+
     def block_loss(self, batch: TrainingBatch) -> Tensor:
         """Let every block work on what the teacher's reads, and compare what comes out."""
         feeds = self.feeds(batch)
@@ -241,17 +245,18 @@ class _Lesson:
         hints = {name: outputs[name] for name in self.borders}
         wanted = {name: outputs[name] for name in self.teacher.outputs}
         given = self.student(feeds, also=self.borders)
-        labels = None if batch.labels is None else batch.labels.to(self.device)
-        return self.objective(given, wanted, labels) + HINT * reconstruction(given, hints)
+        loss = self.objective(given, wanted, self.labels(batch))
+        return loss + HINT * reconstruction(given, hints)
 
     @torch.no_grad()
     def judged(self) -> HeldOut:
-        """Tell how the student does on held-out samples; labels do not count."""
+        """Tell how the student does on held-out samples; labels count as they do in learning."""
         losses, same, count = [], 0, 0
         scores = self.objective.scores
         for batch, wanted in zip(self.held_out, self.taught, strict=True):
-            outputs = self.student(self.feeds(tensors(batch)))
-            losses.append(float(self.objective(outputs, wanted)))
+            fed = tensors(batch)
+            outputs = self.student(self.feeds(fed))
+            losses.append(float(self.objective(outputs, wanted, self.labels(fed))))
             if scores is not None:
                 chosen, right = (_classes(o[scores])[: batch.samples] for o in (outputs, wanted))
                 same += int((chosen == right).sum())

@@ -76,6 +76,8 @@ class Distillation:
     def __call__(self, student: Tensors, teacher: Tensors, labels: Tensor | None = None) -> Tensor:
         """Return the weighted mean over outputs; labels are [samples] or [samples, classes].
 
+        Rows beyond the labels only fill up a batch, and are not compared with any.
+
         Integer and boolean outputs are left aside: nothing can be learned from them.
 
         Raises:
@@ -94,7 +96,8 @@ class Distillation:
             return loss
         logits = to_logits(student[self.scores], self.probabilities)
         _check_labels(labels, logits.shape[1])
-        return loss + self.label_weight * functional.cross_entropy(logits, labels)
+        real = logits[: len(labels)]  # the rows after them only fill up the batch
+        return loss + self.label_weight * functional.cross_entropy(real, labels)
 
     def _loss(self, name: str, student: Tensor, teacher: Tensor) -> Tensor:
         if name != self.scores:

@@ -109,6 +109,8 @@ def test_labels_add_the_cross_entropy_times_their_weight():
     expected = -torch.log_softmax(student["y"], 1)[range(4), labels].mean() / 2
     torch.testing.assert_close(distil(student, student, labels), expected, rtol=1e-4, atol=1e-6)
     assert distil(student, student).item() == pytest.approx(0, abs=1e-6)
+    filled_up = {"y": torch.cat([student["y"], normal(3, 10)])}
+    torch.testing.assert_close(distil(filled_up, filled_up, labels), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_mixed_labels_are_distributions_over_classes():
