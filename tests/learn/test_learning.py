@@ -251,7 +251,7 @@ def test_nan_in_the_data_before_anything_is_learned() -> None:
 
 def test_nan_late_in_the_data_keeps_what_was_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pwopt.learn.batches.WAITING", 1)
-    monkeypatch.setattr("pwopt.learn.batches.MOST_HELD_OUT", 8)
+    monkeypatch.setattr("pwopt.calibration.samples.MOST_HELD_OUT", 8)
     learned = learn(
         tiny.student(), tiny.teacher(), spoilt(800, 790), wishes(rate=0.01, blocks=False, steps=400)
     )
