@@ -110,7 +110,14 @@ def tune(
     )
     feeds = next(iter(random_data(original, shapes, batch=batch))).feeds
     yardstick = Yardstick(
-        original, ready.judged, feeds, shapes=shapes, threads=threads, cores=cores, seed=seed
+        original,
+        ready.judged,
+        feeds,
+        shapes=shapes,
+        threads=threads,
+        cores=cores,
+        seed=seed,
+        source=samples.name,
     )
     search = Search(
         model,

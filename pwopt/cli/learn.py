@@ -158,6 +158,7 @@ def command(
     check_installed()
 
     from pwopt.data import open_data
+    from pwopt.errors import LearnError
     from pwopt.learn.learning import learn
     from pwopt.model import Model
     from pwopt.report import learning as report
@@ -186,6 +187,8 @@ def command(
         )
     if not is_first():
         return
+    if learned.interrupted and not learned.after.loss < learned.before.loss:
+        raise LearnError(f"{student}: interrupted before anything was gained; nothing is written")
     note(learned.model, str(wishes))
     learned.model.save(target)
     if as_json:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pwopt.calibration import held_out
 from pwopt.calibration.augment import mixed
-from pwopt.comparing import Array, one_class
+from pwopt.comparing import Array, check_labels, one_class
 from pwopt.data import Samples
 from pwopt.errors import DataError, LearnError
 from pwopt.graph import is_op
@@ -119,6 +119,8 @@ class _Lesson:
             weights=_output_weights(wishes, self.taught[0]),
             label_weight=wishes.label_weight,
         )
+        if wishes.label_weight and all(batch.labels is None for batch in as_they_are):
+            raise LearnError(f"{samples.name}: has no labels that could count")
         self.key = fingerprint(
             self.student.weights,
             self.teacher.weights,
@@ -226,8 +228,13 @@ class _Lesson:
         return {name: feed.to(self.device) for name, feed in batch.feeds.items()}
 
     def labels(self, batch: TrainingBatch) -> Tensor | None:
-        """Move a batch's labels to the device, if it has any."""
-        return None if batch.labels is None else batch.labels.to(self.device)
+        """Move a batch's labels to the device, if there are any and they count."""
+        scores = self.objective.scores
+        if batch.labels is None or scores is None or not self.wishes.label_weight:
+            return None
+        classes = self.taught[0][scores].shape[1]
+        check_labels(batch.labels.numpy(), classes, self.source)
+        return batch.labels.to(self.device)
 
     def block_loss(self, batch: TrainingBatch) -> Tensor:
         """Let every block work on what the teacher's reads, and compare what comes out."""

@@ -14,7 +14,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from pwopt.comparing import Array, are_probabilities, class_scores
-from pwopt.errors import DataError, LearnError
+from pwopt.errors import LearnError
 from pwopt.learn.wishes import TEMPERATURE
 
 _STEADY = 1e-2
@@ -82,7 +82,6 @@ class Distillation:
 
         Raises:
             LearnError: outputs differ in name or shape.
-            DataError: a label is none of the classes.
         """
         check_outputs(student, teacher)
         names = [name for name, output in teacher.items() if output.is_floating_point()]
@@ -95,7 +94,6 @@ class Distillation:
         if labels is None or self.scores is None or not self.label_weight:
             return loss
         logits = to_logits(student[self.scores], self.probabilities)
-        _check_labels(labels, logits.shape[1])
         real = logits[: len(labels)]  # the rows after them only fill up the batch
         return loss + self.label_weight * functional.cross_entropy(real, labels)
 
@@ -181,16 +179,6 @@ def check_outputs(student: Tensors, teacher: Tensors) -> None:
                 f"output {name}: the student's shape is {list(student[name].shape)}, the "
                 f"teacher's {list(output.shape)}; they must be the same"
             )
-
-
-def _check_labels(labels: Tensor, classes: int) -> None:
-    if labels.is_floating_point():  # shares of classes
-        return
-    wrong = labels[(labels < 0) | (labels >= classes)]
-    if len(wrong):
-        raise DataError(
-            f"label {int(wrong[0])} is none of the model's {classes} classes; mend the labels"
-        )
 
 
 def _block_error(student: Tensor, teacher: Tensor) -> Tensor:

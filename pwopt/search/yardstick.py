@@ -50,6 +50,7 @@ class Yardstick:
         threads: int = 1,
         cores: int = 1,
         seed: int = 0,
+        source: str = "the samples",
     ) -> None:
         """Run the original on all samples.
 
@@ -61,6 +62,7 @@ class Yardstick:
             threads: Threads that latencies are measured with.
             cores: Threads for all else.
             seed: Of the bootstrap.
+            source: What messages call the samples.
 
         Raises:
             DataError: labels that are none of the model's classes.
@@ -82,21 +84,30 @@ class Yardstick:
         given = [batch.labels for batch in groups[0] if batch.labels is not None]
         self._labels = np.concatenate(given) if len(given) == len(groups[0]) else None
         if self._labels is not None and self._scores is not None:
-            check_labels(self._labels, first[self._scores].shape[1], "the samples")
+            check_labels(self._labels, first[self._scores].shape[1], source)
 
     @property
     def caution(self) -> str | None:
-        """What makes the samples unfit to judge by, if anything; none is said of a few."""
+        """What makes the samples unfit to judge by, if anything."""
         own = self._own_labels
         if own is None or self._scores is None or len(own) < FEWEST:
-            return None
+            return self._few
         if found := one_class(own):
             return found
         classes = self._expected[0][self._scores].shape[1]
         right = 1.0 if self._labels is None else float((own == self._labels).mean())
         if right < 0.1 + 0.9 / classes:  # hardly better than chance
             return f"the original gets only {right:.0%} right: look at labels and --preprocess"
-        return None
+        return self._few
+
+    @property
+    def _few(self) -> str | None:
+        """Say that one sample alone is more than a point."""
+        if self._scores is None or self.samples >= 100:
+            return None
+        return (
+            f"one of {self.samples} samples is {100 / self.samples:.1f} points: give more of them"
+        )
 
     @property
     def samples(self) -> int:
@@ -220,7 +231,7 @@ def _interval(values: Array) -> Interval:
     mean = values.sum() / count
     variance = ((values**2).sum() + 1) / count - mean**2
     width = 1.96 * np.sqrt(variance / count)
-    return float(mean - width), float(mean + width)
+    return float(max(mean - width, -1)), float(min(mean + width, 1))
 
 
 def _percent(interval: Interval) -> Interval:

@@ -295,14 +295,15 @@ def test_a_killed_run_goes_on_to_the_same_weights(
 def test_ctrl_c_keeps_the_best(folder: Path) -> None:
     running = process(
         "from pwopt.cli import main; main()",
-        *("--steps", "10000000", "--rate", "0.003", "--checkpoint", "run.pt"),
+        *("--steps", "100000", "--rate", "0.003", "--checkpoint", "run.pt"),
     )
     assert running.stderr is not None
     for said in running.stderr:
-        if "10000000 steps" in said:
+        if "100000 steps" in said:
             break
     while not (folder / "run.pt").exists():
         sleep(0.01)
+    sleep(2)
     running.send_signal(signal.SIGINT)
     table, said = running.communicate(timeout=60)
     assert running.returncode == 0, said
@@ -311,6 +312,21 @@ def test_ctrl_c_keeps_the_best(folder: Path) -> None:
     assert "interrupted after" in " ".join(table.split())
     assert (folder / "student.learned.onnx").exists()
     assert (folder / "run.pt").exists()
+
+
+def test_ctrl_c_before_anything_was_gained_writes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pwopt.learn.descent.Descent.step", interrupted)
+    (folder / "student.learned.onnx").write_bytes(b"learned before")
+    result = line(f"learn {' '.join(COMMAND)} --steps 20 --rate 0.01")
+    assert (result.exit_code, result.stdout) == (1, "")
+    said = "pwopt: student.onnx: interrupted before anything was gained; nothing is written"
+    assert result.stderr.splitlines()[-1] == said
+    assert (folder / "student.learned.onnx").read_bytes() == b"learned before"
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")

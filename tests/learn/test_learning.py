@@ -162,6 +162,14 @@ def test_labels_count_if_that_is_wanted(tmp_path: Path) -> None:
     assert with_labels.before.loss > without.before.loss  # by a cross entropy
 
 
+def test_labels_that_are_not_there_cannot_count(tmp_path: Path) -> None:
+    _, _, path = tiny.write(tmp_path)
+    np.savez(tmp_path / "unlabelled.npz", x=np.load(path)["x"])
+    source = open_data(tmp_path / "unlabelled.npz", tiny.teacher())
+    with pytest.raises(LearnError, match=r"unlabelled.npz: has no labels that could count"):
+        learn(tiny.student(), tiny.teacher(), source, wishes(label_weight=1))
+
+
 def test_several_outputs_are_weighted(data: Samples) -> None:
     texts = (
         text.replace("float[N,4] y)", "float[N,4] y, float[N,8,1,1] g)")
@@ -269,7 +277,7 @@ def test_a_wrong_label_late_in_the_data_keeps_what_was_learned() -> None:
     source = open_data(draw, tiny.teacher())
     wanted = wishes(rate=0.01, blocks=False, steps=400, label_weight=0.1)
     learned = learn(tiny.student(), tiny.teacher(), source, wanted)
-    assert "label 99 is none of the model's 4 classes" in str(learned.failure)
+    assert str(learned.failure) == "draw: labels 0..99, but the model's classes are 0..3"
     assert learned.after.loss < learned.before.loss
 
 
