@@ -45,6 +45,18 @@ class ScratchFolder(str):
         return folder
 
 
+def check_plain(path: Path, called: Path) -> None:
+    """Refuse to write where a folder is, or a device or pipe, which would be replaced.
+
+    Raises:
+        PwoptError: one is there; it speaks of `called`.
+    """
+    if path.is_dir():
+        raise PwoptError(f"{called}: is a folder; name a file to write")
+    if path.exists() and not path.is_file():
+        raise PwoptError(f"{called}: is not a plain file; name another one to write")
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path, *, called: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path` that takes its place when the block ends well.
@@ -60,10 +72,7 @@ def atomic_write(path: Path, *, called: Path | None = None) -> Iterator[IO[bytes
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".pwopt.{secrets.token_hex(8)}")
     try:
-        if target.is_dir():
-            raise PwoptError(f"{called}: is a folder; name a file to write")
-        if target.exists() and not target.is_file():  # a device or pipe would be replaced
-            raise PwoptError(f"{called}: is not a plain file; name another one to write")
+        check_plain(target, called)
         with temporary.open("xb") as file:  # permissions as the umask says
             if target.exists():
                 temporary.chmod(target.stat().st_mode & 0o777)

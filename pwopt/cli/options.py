@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from pwopt.errors import PwoptError
+from pwopt.files import check_plain
 from pwopt.progress import Progress
 
 if TYPE_CHECKING:
@@ -137,14 +138,11 @@ def check_distinct(
 
 def check_writable(*paths: Path | None) -> None:
     """Refuse to write what is no plain file, or lies in a folder not there or not to be changed."""
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
+    for path in filter(None, paths):
+        if not path.parent.is_dir():
             raise click.UsageError(f"There is no folder {path.parent}; make it, or name another.")
-        if path is not None and path.is_dir():
-            raise PwoptError(f"{path}: is a folder; name a file to write")
-        if path is not None and path.exists() and not path.is_file():
-            raise PwoptError(f"{path}: is not a plain file; name another one to write")
-        if path is not None and not os.access(path.parent, os.W_OK):
+        check_plain(path, path)
+        if not os.access(path.parent, os.W_OK):
             raise PwoptError(f"{path}: its folder cannot be written to; name another one")
 
 

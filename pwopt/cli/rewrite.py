@@ -98,7 +98,8 @@ class RankParam(click.ParamType):  # type: ignore[type-arg]  # generic since cli
     "--max-drop",
     type=click.FloatRange(min=0),
     metavar="POINTS",
-    help="Lose so many points of top-1 at most; without labels, of agreement.  "
+    help="Lose so many points of top-1 at most, counted and foretold; without labels, of "
+    "agreement.  "
     "[default: 1, where no other bound is given]",
 )
 @click.option("--max-macs", type=click.IntRange(min=1), metavar="N", help="Have N MACs at most.")

@@ -19,8 +19,8 @@ class Options:
         rate: Of Adam, at its height; None to find it by a range test.
         warm_up: The share of the steps in which the rate rises.
         judgements: How many are spread over the steps; fewer where they would take too long.
-        patience: After how many judgements without a better one to stop; most, since a good start
-            only gets better as the rate falls.
+        patience: After how many judgements without a better one to stop; most, since much
+            is only gained as the rate falls.
         checkpoint_seconds: How often the state is saved.
     """
 

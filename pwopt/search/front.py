@@ -68,7 +68,7 @@ class Point:
     @property
     def worst_loss(self) -> float:
         """The same, but counted at that end of the 95 % interval at which more is lost."""
-        return max(self._points(1), self.foretold_points or 0.0, 100 * self.other_error)
+        return max(self._points(1), self.loss)
 
     def _points(self, worst: int) -> float:
         if self.drop_points is not None and self.drop_ci95 is not None:

@@ -24,6 +24,9 @@ from pwopt.shapes import InputShapes, inputs
 SECONDS = 3.0
 """How long a model and the original are timed in turn."""
 
+ENOUGH = 100
+"""Of fewer samples, one alone is more than a point."""
+
 
 class Yardstick:
     """Holds the original against which models are measured.
@@ -90,24 +93,24 @@ class Yardstick:
     def caution(self) -> str | None:
         """What makes the samples unfit to judge by, if anything."""
         own = self._own_labels
-        if own is None or self._scores is None or len(own) < FEWEST:
-            return self._few
+        if own is None or self._scores is None:
+            return None
+        if len(own) >= FEWEST and (found := self._misled(own)):
+            return found
+        if len(own) < ENOUGH:
+            return f"one of {len(own)} samples is {100 / len(own):.1f} points: give more of them"
+        return None
+
+    def _misled(self, own: npt.NDArray[np.int64]) -> str | None:
+        """Say what makes the original's own classes look wrong, if anything."""
         if found := one_class(own):
             return found
+        assert self._scores is not None
         classes = self._expected[0][self._scores].shape[1]
         right = 1.0 if self._labels is None else float((own == self._labels).mean())
         if right < 0.1 + 0.9 / classes:  # hardly better than chance
             return f"the original gets only {right:.0%} right: look at labels and --preprocess"
-        return self._few
-
-    @property
-    def _few(self) -> str | None:
-        """Say that one sample alone is more than a point."""
-        if self._scores is None or self.samples >= 100:
-            return None
-        return (
-            f"one of {self.samples} samples is {100 / self.samples:.1f} points: give more of them"
-        )
+        return None
 
     @property
     def samples(self) -> int:
@@ -239,4 +242,4 @@ def _percent(interval: Interval) -> Interval:
 
 
 def _kept(lost: Interval) -> Interval:
-    return max(1 - lost[1], 0.0), min(1 - lost[0], 1.0)
+    return 1 - lost[1], min(1 - lost[0], 1.0)

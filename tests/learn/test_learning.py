@@ -162,6 +162,18 @@ def test_labels_count_if_that_is_wanted(tmp_path: Path) -> None:
     assert with_labels.before.loss > without.before.loss  # by a cross entropy
 
 
+@pytest.mark.parametrize("wrong", [4, -1, -100])
+def test_labels_that_are_none_of_the_classes(tmp_path: Path, wrong: int) -> None:
+    _, _, path = tiny.write(tmp_path)
+    x = np.load(path)["x"]
+    np.savez(path, x=x, labels=np.full(len(x), wrong))
+    source = open_data(path, tiny.teacher())
+    said = rf"npz: labels {wrong}\.\.{wrong}, but the model's classes are 0\.\.3"
+    with pytest.raises(DataError, match=said):
+        learn(tiny.student(), tiny.teacher(), source, wishes(label_weight=1))
+    learn(tiny.student(), tiny.teacher(), source, wishes())  # they do not count
+
+
 def test_labels_that_are_not_there_cannot_count(tmp_path: Path) -> None:
     _, _, path = tiny.write(tmp_path)
     np.savez(tmp_path / "unlabelled.npz", x=np.load(path)["x"])
